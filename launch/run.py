@@ -1,0 +1,100 @@
+"""Run a batch file through a model: ``deepspeed launch/run.py --config FILE``.
+
+The DeepSpeed launcher starts this once for each device. Rank 0 checks the settings, and starts the frontend and one
+scheduler for each replica, before any rank loads a model. This is the only place that reads the launcher's
+environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from seesaw_ds.config import RunConfig
+from seesaw_ds.engine.lifeline import Lifeline
+from seesaw_ds.engine.preflight import check_run, load_config
+from seesaw_ds.engine.process_id import ProcessId, launcher_ancestors
+from seesaw_ds.engine.process_spec import ProcessSpec, start_process
+from seesaw_ds.errors import UserError
+
+CHILD_EXIT_SECONDS = 30.0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Run a batch file of prompts: prefill under one parallel layout, decode under another.",
+        epilog="Start it with the DeepSpeed launcher: deepspeed --num_gpus N launch/run.py --config FILE",
+    )
+    parser.add_argument("--config", required=True, help="YAML file of settings")
+    parser.add_argument("--input", help="OpenAI batch JSONL to read (instead of the config's)")
+    parser.add_argument("--output", help="result JSONL to write (instead of the config's)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; repeatable")
+    parser.add_argument("--overwrite", action="store_true", help="start anew instead of finishing an earlier run")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
+    return parser.parse_args()
+
+
+def start_children(run: RunConfig, run_id: str, overwrite: bool, watch: list[ProcessId]) -> dict[str, subprocess.Popen]:
+    """Start the frontend and the schedulers; they run beside the loading of the model."""
+    spec = ProcessSpec(run_id=run_id, config=run, overwrite=overwrite, replica=0, watch=watch)
+    children = {"frontend": start_process("seesaw_ds.engine.frontend", spec)}
+    for replica in range(run.layout_pair.dp):
+        spec = ProcessSpec(run_id=run_id, config=run, overwrite=overwrite, replica=replica, watch=watch)
+        children[f"scheduler {replica}"] = start_process("seesaw_ds.engine.scheduler_process", spec)
+    return children
+
+
+def main() -> int:
+    start = time.monotonic()
+    arguments = parse_arguments()
+    if "RANK" not in os.environ:
+        print("error: start with the DeepSpeed launcher: deepspeed --num_gpus N launch/run.py --config FILE", file=sys.stderr)
+        return 2
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # Megatron-core says so at every import; nothing here uses its optimizers.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    logging.basicConfig(level=logging.WARNING, format=f"[rank {rank}] %(levelname)s %(name)s: %(message)s")
+    launchers = launcher_ancestors()
+    # The same for all ranks of a node without asking: the launcher's process and the port it chose.
+    run_id = f"{os.getppid()}-{os.environ['MASTER_PORT']}"
+    me = ProcessId.of(f"worker rank {rank}")
+    lifeline = Lifeline(run_id, me)
+    lifeline.install_signal_handlers()
+    for launcher in launchers:
+        lifeline.watch(launcher)
+
+    processes = [me]
+    children: dict[str, subprocess.Popen] = {}
+    try:
+        run = load_config(arguments.config, arguments.set, arguments.input, arguments.output)
+        if rank == 0:
+            check_run(run, world_size)
+            children = start_children(run, run_id, arguments.overwrite, [*launchers, me])
+    except UserError as error:
+        if rank == 0:
+            lifeline.fail(str(error), exit_code=2)
+        time.sleep(CHILD_EXIT_SECONDS)  # rank 0 finds the same, says it and ends the run
+        return 2
+    for name, child in children.items():
+        lifeline.own(child.pid)
+        processes.append(ProcessId.of(name, child.pid))
+        lifeline.watch(processes[-1])
+
+    from seesaw_ds.worker.main import run_worker
+    from seesaw_ds.worker.setup import StartUpTimer
+
+    timer = StartUpTimer({"imports": time.monotonic() - start})
+    run_worker(run, run_id, lifeline, processes, timer)
+    return max((child.wait(CHILD_EXIT_SECONDS) for child in children.values()), default=0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

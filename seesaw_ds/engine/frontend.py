@@ -1,0 +1,192 @@
+"""The frontend process: hands a batch file's sequences to the replicas' schedulers, and writes results as they finish.
+
+    workers -- PUSH (spans, counters) --> this process <-- ROUTER/DEALER --> schedulers, one a replica
+
+A replica asks for input when its waiting queue is short, so a fast replica takes more of the file than a slow one.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from seesaw_ds.batch.job import BatchJob, count_requests
+from seesaw_ds.batch.manifest import describe_run
+from seesaw_ds.batch.results import open_results
+from seesaw_ds.batch.text import load_codec
+from seesaw_ds.config import dtype_name, max_model_len
+from seesaw_ds.engine import addresses
+from seesaw_ds.engine import messages as wire
+from seesaw_ds.engine.lifeline import Lifeline
+from seesaw_ds.engine.process_id import ProcessId
+from seesaw_ds.engine.process_spec import ProcessSpec, read_spec
+from seesaw_ds.errors import UserError
+from seesaw_ds.observe.metrics import Activity, Interval, RunMetrics
+from seesaw_ds.observe.progress import ProgressBar
+from seesaw_ds.observe.report import format_table, summary, write_summary
+from seesaw_ds.observe.timeline import TimelineWriter
+from seesaw_ds.shapes import model_shape, read_hf_config
+
+POLL_MILLISECONDS = 500
+GOODBYE_SECONDS = 20.0
+
+
+class Frontend:
+    """Owns the batch job, the metrics and what a user sees of the run."""
+
+    def __init__(self, spec: ProcessSpec, lifeline: Lifeline) -> None:
+        run = spec.config
+        self._run = run
+        self._lifeline = lifeline
+        self._layouts = run.layout_pair
+        shape = model_shape(read_hf_config(run.model))
+        longest = max_model_len(run, shape)
+        manifest = describe_run(
+            Path(run.input),
+            run.model,
+            load_format=run.load_format,
+            dtype=dtype_name(run, shape),
+            max_model_len=longest,
+            seed=run.seed,
+        )
+        self._journal = open_results(Path(run.output), manifest, overwrite=spec.overwrite)
+        self._metrics = RunMetrics(run.model, str(self._layouts), self._layouts.dp, time.monotonic())
+        self._metrics.num_total = count_requests(Path(run.input))
+        self._timeline = None
+        if run.timeline is not None:
+            self._timeline = TimelineWriter(Path(run.timeline), self._layouts.replica_size)
+        self._job = BatchJob(
+            Path(run.input),
+            self._journal,
+            load_codec(Path(run.model)),
+            self._metrics,
+            model=run.model,
+            seed=run.seed,
+            max_model_len=longest,
+            vocab_size=shape.vocab_size,
+        )
+        self._progress = ProgressBar(self._metrics)
+        self._context = zmq.Context()
+        self._schedulers = self._context.socket(zmq.ROUTER)
+        self._schedulers.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._schedulers.bind(addresses.frontend(spec.run_id))
+        self._telemetry = self._context.socket(zmq.PULL)
+        self._telemetry.setsockopt(zmq.RCVHWM, 0)
+        self._telemetry.bind(addresses.telemetry(spec.run_id))
+        self._encoder = msgspec.msgpack.Encoder()
+        self._from_scheduler = msgspec.msgpack.Decoder(wire.SchedulerMessage)
+        self._from_worker = msgspec.msgpack.Decoder(wire.WorkerTelemetry)
+        self._tokens_seen = [(0, 0)] * self._layouts.dp
+        self._byes = 0
+
+    def run(self) -> None:
+        """Serve until every line has its record; then stop the other processes and report."""
+        while not self._job.is_done:
+            self._receive(POLL_MILLISECONDS)
+            self._progress.update()
+        self._journal.close()
+        self._progress.close()
+        for interval, replica in zip(self._metrics.finish(time.monotonic()), range(self._layouts.dp), strict=True):
+            self._band(replica, interval)
+        self._say_goodbye()
+        figures = summary(self._metrics)
+        write_summary(Path(self._run.output).with_name("summary.json"), figures)
+        print(format_table(figures), flush=True)
+
+    def _say_goodbye(self) -> None:
+        # From here on the processes end one after the other, in good order.
+        self._lifeline.stop()
+        for replica in range(self._layouts.dp):
+            self._send(replica, wire.Finish())
+        deadline = time.monotonic() + GOODBYE_SECONDS
+        while self._byes < self._layouts.dp and time.monotonic() < deadline:
+            self._receive(POLL_MILLISECONDS)
+        self._receive(0)
+        if self._timeline is not None:
+            self._timeline.close()
+        self._context.destroy(linger=1000)
+
+    def _receive(self, milliseconds: int) -> None:
+        poller = zmq.Poller()
+        poller.register(self._schedulers, zmq.POLLIN)
+        poller.register(self._telemetry, zmq.POLLIN)
+        poller.poll(milliseconds)
+        while self._schedulers.poll(0):
+            identity, data = self._schedulers.recv_multipart()
+            self._on_scheduler(int(identity), self._from_scheduler.decode(data))
+        while self._telemetry.poll(0):
+            self._on_worker(self._from_worker.decode(self._telemetry.recv()))
+
+    def _on_scheduler(self, replica: int, message: wire.SchedulerMessage) -> None:
+        if isinstance(message, wire.WantInput):
+            requests = self._job.take(message.num_sequences)
+            self._send(replica, wire.AddSequences(requests, is_last=self._job.is_exhausted))
+        elif isinstance(message, wire.Results):
+            for result in message.results:
+                self._job.add_result(result)
+        elif isinstance(message, wire.NewTokens):
+            if self._job.add_tokens(message.seq_id, message.token_ids, message.logprobs):
+                self._send(replica, wire.AbortSequences([message.seq_id]))
+        elif isinstance(message, wire.Progress):
+            self._on_progress(replica, message)
+        elif isinstance(message, wire.PhaseChanged):
+            self._enter(replica, Activity.TRANSITION, message.start)
+            self._enter(replica, Activity.of(message.to), message.end)
+        elif isinstance(message, wire.SchedulerReady):
+            self._enter(replica, Activity.PREFILL, time.monotonic())
+        else:
+            self._byes += 1
+
+    def _on_progress(self, replica: int, progress: wire.Progress) -> None:
+        self._metrics.set_host_blocks(replica, progress.host_blocks_used, progress.host_blocks_total)
+        self._metrics.set_evictions(replica, progress.num_evictions)
+        prompt_tokens, output_tokens = self._tokens_seen[replica]
+        self._metrics.tokens_computed(progress.prompt_tokens - prompt_tokens, progress.output_tokens - output_tokens)
+        self._tokens_seen[replica] = (progress.prompt_tokens, progress.output_tokens)
+        if self._timeline is not None:
+            fill = progress.host_blocks_used / progress.host_blocks_total
+            self._timeline.add_counters(replica, time.monotonic(), fill, progress.num_running)
+
+    def _on_worker(self, message: wire.WorkerTelemetry) -> None:
+        if isinstance(message, wire.StartUp):
+            self._lifeline.watch(message.process)
+            for part, seconds in message.seconds.items():
+                self._metrics.add_startup(part, seconds)
+            return
+        self._metrics.set_rank(message.rank, message.counters)
+        if self._timeline is not None:
+            self._timeline.add_rank_spans(message.rank, message.spans)
+
+    def _enter(self, replica: int, activity: Activity, at: float) -> None:
+        if self._metrics.finished is None:
+            self._band(replica, self._metrics.enter(replica, activity, at))
+
+    def _band(self, replica: int, interval: Interval | None) -> None:
+        if self._timeline is not None and interval is not None:
+            self._timeline.add_phase(replica, interval.activity.value, interval.start, interval.end)
+
+    def _send(self, replica: int, message: wire.SchedulerRequest) -> None:
+        self._schedulers.send_multipart([str(replica).encode(), self._encoder.encode(message)])
+
+
+def main() -> None:
+    """Entry point of the process; its spec comes on standard input."""
+    spec = read_spec()
+    lifeline = Lifeline(spec.run_id, ProcessId.of("frontend"))
+    lifeline.install_signal_handlers()
+    for process in spec.watch:
+        lifeline.watch(process)
+    try:
+        Frontend(spec, lifeline).run()
+    except UserError as error:
+        lifeline.fail(str(error))
+    except Exception as error:
+        lifeline.fail(f"frontend: {error!r}", details=traceback.format_exc())
+
+
+if __name__ == "__main__":
+    main()

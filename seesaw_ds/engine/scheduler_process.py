@@ -1,0 +1,214 @@
+"""One replica's scheduler process: a loop over three sockets. Imports no torch, so it starts in a moment.
+
+    frontend  <- DEALER ->  this process  -- PUSH, one a worker -->  workers
+                                          <-- PULL, shared --------
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+
+import msgspec
+import zmq
+
+from seesaw_ds.engine import addresses
+from seesaw_ds.engine import messages as wire
+from seesaw_ds.engine.core import EngineCore
+from seesaw_ds.engine.lifeline import Lifeline
+from seesaw_ds.engine.process_id import ProcessId
+from seesaw_ds.engine.process_spec import ProcessSpec, read_spec
+from seesaw_ds.errors import UserError
+from seesaw_ds.layout import Phase
+from seesaw_ds.sched.output import SchedulerLimits
+from seesaw_ds.sched.scheduler import Scheduler
+
+PROGRESS_SECONDS = 0.2
+POLL_MILLISECONDS = 1000
+
+
+class SchedulerProcess:
+    """Owns the sockets and the engine core of one replica."""
+
+    def __init__(self, spec: ProcessSpec, lifeline: Lifeline) -> None:
+        self._lifeline = lifeline
+        self._config = spec.config
+        layouts = spec.config.layout_pair
+        self._layouts = layouts
+        first_rank = spec.replica * layouts.replica_size
+        self._context = zmq.Context()
+        self._frontend = self._context.socket(zmq.DEALER)
+        self._frontend.setsockopt(zmq.IDENTITY, str(spec.replica).encode())
+        self._frontend.connect(addresses.frontend(spec.run_id))
+        self._results = self._context.socket(zmq.PULL)
+        self._results.bind(addresses.results(spec.run_id, spec.replica))
+        self._commands = []
+        for rank in range(first_rank, first_rank + layouts.replica_size):
+            socket = self._context.socket(zmq.PUSH)
+            socket.setsockopt(zmq.SNDHWM, 0)
+            socket.bind(addresses.commands(spec.run_id, rank))
+            self._commands.append(socket)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._from_worker = msgspec.msgpack.Decoder(wire.WorkerResult)
+        self._from_frontend = msgspec.msgpack.Decoder(wire.SchedulerRequest)
+        self._core: EngineCore | None = None
+        self._is_waiting_for_input = False
+        self._is_finishing = False
+        self._phase = Phase.PREFILL
+        self._switch_start = 0.0
+        self._switch_bytes = 0
+        self._last_progress = 0.0
+        self._workers_gone = 0
+
+    def run(self) -> None:
+        """Serve until the frontend says Finish and every worker has said goodbye."""
+        self._wait_for_workers()
+        poller = zmq.Poller()
+        poller.register(self._results, zmq.POLLIN)
+        poller.register(self._frontend, zmq.POLLIN)
+        while self._workers_gone < len(self._commands):
+            self._receive(poller)
+            if not self._is_finishing:
+                self._work()
+        self._to_frontend(wire.SchedulerBye())
+        self._context.destroy(linger=5000)
+
+    def _wait_for_workers(self) -> None:
+        ready = [self._from_worker.decode(self._results.recv()) for _ in self._commands]
+        first = ready[0]
+        for message in ready:
+            assert isinstance(message, wire.WorkerReady)
+            self._lifeline.watch(message.process)
+        limits = SchedulerLimits(
+            block_size=self._config.kv_block_size,
+            num_prefill_blocks=first.num_prefill_blocks,
+            num_gpu_blocks=first.num_gpu_blocks,
+            num_host_blocks=first.num_host_blocks,
+            max_num_seqs=self._config.max_num_seqs,
+            max_num_batched_tokens=self._config.max_num_batched_tokens,
+            prefill_stages=self._layouts.prefill.pp,
+            decode_stages=self._layouts.decode.pp,
+        )
+        self._core = EngineCore(Scheduler(limits), len(self._commands), self._to_workers)
+        self._to_frontend(
+            wire.SchedulerReady(first.num_prefill_blocks, first.num_gpu_blocks, first.num_host_blocks)
+        )
+
+    def _receive(self, poller: zmq.Poller) -> None:
+        """Wait for messages, then take all that have come."""
+        events = dict(poller.poll(POLL_MILLISECONDS))
+        if self._frontend in events:
+            while self._frontend.poll(0):
+                self._on_frontend(self._from_frontend.decode(self._frontend.recv()))
+        if self._results in events:
+            while self._results.poll(0):
+                self._on_worker(self._from_worker.decode(self._results.recv()))
+
+    def _work(self) -> None:
+        core = self._core
+        assert core is not None
+        core.run_ahead()
+        results = core.take_results()
+        if results:
+            self._to_frontend(wire.Results(results))
+        for news in core.take_new_tokens():
+            self._to_frontend(news)
+        if core.scheduler.wants_input and not self._is_waiting_for_input:
+            self._is_waiting_for_input = True
+            self._to_frontend(wire.WantInput(self._config.max_num_seqs))
+        if time.monotonic() - self._last_progress > PROGRESS_SECONDS:
+            self._send_progress()
+
+    def _on_frontend(self, message: wire.SchedulerRequest) -> None:
+        core = self._core
+        assert core is not None
+        if isinstance(message, wire.AddSequences):
+            self._is_waiting_for_input = False
+            for request in message.requests:
+                core.add(request)
+            if message.is_last:
+                core.scheduler.close_input()
+        elif isinstance(message, wire.AbortSequences):
+            for seq_id in message.seq_ids:
+                core.abort(seq_id)
+        else:
+            self._is_finishing = True
+            self._lifeline.stop()
+            self._send_progress()
+            self._to_workers(wire.Stop())
+
+    def _on_worker(self, message: wire.WorkerResult) -> None:
+        core = self._core
+        assert core is not None
+        if isinstance(message, wire.StepDone):
+            core.on_step(message)
+        elif isinstance(message, wire.SwapOutDone):
+            core.on_swap_out(message)
+        elif isinstance(message, wire.LoadDone):
+            core.on_load(message)
+        elif isinstance(message, wire.StoreDone):
+            core.on_store(message)
+        elif isinstance(message, wire.SwitchDone):
+            self._on_switch(message)
+        elif isinstance(message, wire.WorkerBye):
+            self._workers_gone += 1
+
+    def _on_switch(self, message: wire.SwitchDone) -> None:
+        assert self._core is not None
+        self._switch_bytes += message.num_bytes
+        if self._core.on_switch(message):
+            self._phase = message.to
+            self._to_frontend(
+                wire.PhaseChanged(message.to, self._switch_start, time.monotonic(), self._switch_bytes)
+            )
+            self._switch_bytes = 0
+            self._send_progress()
+
+    def _send_progress(self) -> None:
+        core = self._core
+        assert core is not None
+        stats = core.scheduler.stats()
+        self._last_progress = time.monotonic()
+        self._to_frontend(
+            wire.Progress(
+                phase=self._phase,
+                num_waiting=stats.num_waiting,
+                num_running=stats.num_running,
+                num_host=stats.num_host,
+                host_blocks_used=stats.num_host_blocks_used,
+                host_blocks_total=stats.num_host_blocks,
+                num_evictions=stats.num_evictions,
+                prompt_tokens=core.num_prompt_tokens,
+                output_tokens=core.num_output_tokens,
+            )
+        )
+
+    def _to_workers(self, command: wire.Command) -> None:
+        if isinstance(command, wire.Switch):
+            self._switch_start = time.monotonic()
+        data = self._encoder.encode(command)
+        for socket in self._commands:
+            socket.send(data)
+
+    def _to_frontend(self, message: wire.SchedulerMessage) -> None:
+        self._frontend.send(self._encoder.encode(message))
+
+
+def main() -> None:
+    """Entry point of the process; its spec comes on standard input."""
+    spec = read_spec()
+    name = f"scheduler {spec.replica}"
+    lifeline = Lifeline(spec.run_id, ProcessId.of(name))
+    lifeline.install_signal_handlers()
+    for process in spec.watch:
+        lifeline.watch(process)
+    try:
+        SchedulerProcess(spec, lifeline).run()
+    except UserError as error:
+        lifeline.fail(str(error))
+    except Exception as error:
+        lifeline.fail(f"{name}: {error!r}", details=traceback.format_exc())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""A Hugging Face folder's safetensors: which file holds which tensor, checked before anything is read."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from seesaw_ds.errors import UserError
+from seesaw_ds.shapes import ModelShape
+
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
+_FLOATING = ("F64", "F32", "F16", "BF16")
+_MAX_HEADER_BYTES = 100 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where a tensor is: its file, its shape and the dtype name that safetensors gives it."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def index_checkpoint(folder: str | Path) -> dict[str, TensorEntry]:
+    """Read the headers of every safetensors file of `folder`, and check them against the files' sizes.
+
+    Raises UserError that names the file when one is missing, unreadable or truncated. Tensor data is not read.
+    """
+    folder = Path(folder)
+    paths = _files(folder)
+    entries: dict[str, TensorEntry] = {}
+    for path in paths:
+        for name, entry in _read_header(path).items():
+            if name in entries:
+                raise UserError(f"model={str(folder)!r}: tensor {name!r} is in both {entries[name].path.name} and {path.name}")
+            entries[name] = entry
+    return entries
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, OSError) as error:
+            raise UserError(f"model={str(folder)!r}: {index.name} cannot be read ({error!r})") from None
+        paths = [folder / name for name in names]
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+        if not paths:
+            raise UserError(
+                f"model={str(folder)!r}: no *.safetensors file there; load_format=auto reads safetensors only "
+                "(load_format=dummy runs with random weights)"
+            )
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(f"model={str(folder)!r}: missing {', '.join(missing)}, which {index.name} names")
+    return paths
+
+
+def _read_header(path: Path) -> dict[str, TensorEntry]:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise UserError(f"{path}: truncated: {size} bytes is too short for a safetensors file; fetch it again")
+            (header_bytes,) = struct.unpack("<Q", prefix)
+            if header_bytes > min(size - 8, _MAX_HEADER_BYTES):
+                raise UserError(f"{path}: not a safetensors file, or truncated within its header; fetch it again")
+            header: dict[str, Any] = json.loads(file.read(header_bytes))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not a safetensors file: its header is not JSON") from None
+    header.pop("__metadata__", None)
+    entries = {}
+    end = 0
+    for name, item in header.items():
+        entries[name] = TensorEntry(path, tuple(item["shape"]), item["dtype"])
+        start, stop = item["data_offsets"]
+        expected = math.prod(item["shape"]) * _DTYPE_BYTES.get(item["dtype"], 0)
+        if item["dtype"] in _DTYPE_BYTES and stop - start != expected:
+            raise UserError(f"{path}: tensor {name!r} has {stop - start} bytes where its shape needs {expected}")
+        end = max(end, stop)
+    if 8 + header_bytes + end > size:
+        raise UserError(f"{path}: truncated: {size} bytes where its header needs {8 + header_bytes + end}; fetch it again")
+    return entries
+
+
+def check_checkpoint(folder: str | Path, shape: ModelShape) -> dict[str, TensorEntry]:
+    """Index `folder` and check that every tensor of `shape` is there, in its size. Raises UserError naming what is not."""
+    entries = index_checkpoint(folder)
+    expected = expected_tensors(shape)
+    missing = [name for name in expected if name not in entries]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(f"model={str(folder)!r}: weights missing: {', '.join(missing[:3])}{more}")
+    for name, size in expected.items():
+        if entries[name].shape != size:
+            raise UserError(f"model={str(folder)!r}: {name} has shape {entries[name].shape}, config.json asks for {size}")
+        if entries[name].dtype not in _FLOATING:
+            raise UserError(f"model={str(folder)!r}: {name} is {entries[name].dtype}; only {', '.join(_FLOATING)} are read")
+    return entries
+
+
+def expected_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a Llama checkpoint in Hugging Face form."""
+    hidden, ffn = shape.hidden_size, shape.intermediate_size
+    q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
+    for layer in range(shape.num_layers):
+        prefix = f"model.layers.{layer}."
+        tensors |= {
+            prefix + "input_layernorm.weight": (hidden,),
+            prefix + "self_attn.q_proj.weight": (q_size, hidden),
+            prefix + "self_attn.k_proj.weight": (kv_size, hidden),
+            prefix + "self_attn.v_proj.weight": (kv_size, hidden),
+            prefix + "self_attn.o_proj.weight": (hidden, q_size),
+            prefix + "post_attention_layernorm.weight": (hidden,),
+            prefix + "mlp.gate_proj.weight": (ffn, hidden),
+            prefix + "mlp.up_proj.weight": (ffn, hidden),
+            prefix + "mlp.down_proj.weight": (hidden, ffn),
+        }
+    tensors["model.norm.weight"] = (hidden,)
+    if not shape.tie_word_embeddings:
+        tensors["lm_head.weight"] = (shape.vocab_size, hidden)
+    return tensors

@@ -1,0 +1,106 @@
+"""Megatron-core's tensor-parallel layers, used for inference with weights that live elsewhere.
+
+The layers are built without memory (on the meta device), then `bind` gives them views: into the weight arena for
+the decoder's matrices, whole tensors for embedding and LM head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from torch import nn
+from torch.distributed import ProcessGroup
+
+
+def _config(group: ProcessGroup, dtype: torch.dtype) -> ModelParallelConfig:
+    return ModelParallelConfig(
+        tensor_model_parallel_size=group.size(),
+        params_dtype=dtype,
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        async_tensor_model_parallel_allreduce=False,
+    )
+
+
+def _no_init(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
+    """``y_local = x @ W_local.T``: the output dim is split over the group and stays split."""
+
+    def __init__(self, input_size: int, output_size: int, group: ProcessGroup, dtype: torch.dtype) -> None:
+        with torch.device("meta"):
+            super().__init__(
+                input_size,
+                output_size,
+                config=_config(group, dtype),
+                init_method=_no_init,
+                bias=False,
+                gather_output=False,
+                tp_group=group,
+            )
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return F.linear(input, weight)
+
+
+class RowLinear(RowParallelLinear):  # type: ignore[misc]
+    """``y = sum over ranks of x_local @ W_local.T``: the input dim is split, the output is all-reduced."""
+
+    def __init__(self, input_size: int, output_size: int, group: ProcessGroup, dtype: torch.dtype) -> None:
+        with torch.device("meta"):
+            super().__init__(
+                input_size,
+                output_size,
+                config=_config(group, dtype),
+                init_method=_no_init,
+                bias=False,
+                input_is_parallel=True,
+                skip_bias_add=False,
+                tp_group=group,
+            )
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        return F.linear(input, weight)
+
+
+class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
+    """Token embedding with the vocabulary split over the group."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, group: ProcessGroup, dtype: torch.dtype) -> None:
+        with torch.device("meta"):
+            super().__init__(vocab_size, hidden_size, init_method=_no_init, config=_config(group, dtype), tp_group=group)
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight``, the mean square taken in float32 as transformers' LlamaRMSNorm does."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def bind(layer: nn.Module, weight: torch.Tensor) -> None:
+    """Make `weight` the layer's parameter; shape and dtype must be those the layer was built for."""
+    expected = layer.weight
+    if weight.shape != expected.shape or weight.dtype != expected.dtype:
+        raise RuntimeError(
+            f"{type(layer).__name__}.weight: bound to {tuple(weight.shape)} {weight.dtype}, "
+            f"built for {tuple(expected.shape)} {expected.dtype}"
+        )
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """The vocabulary rounded up to a multiple of the tensor-parallel size, as Megatron's vocab layers need."""
+    return -(-vocab_size // tp) * tp

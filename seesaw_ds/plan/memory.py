@@ -1,0 +1,130 @@
+"""Where the memory goes: how many KV blocks of each pool a run can have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from seesaw_ds.config import RunConfig, dtype_name, max_model_len
+from seesaw_ds.errors import UserError
+from seesaw_ds.layout import Phase
+from seesaw_ds.shapes import DTYPE_BYTES, ModelShape
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """What one rank's memory is spent on, in bytes, for the rank that needs most."""
+
+    weights: int
+    embeddings: int
+    activations: int
+    prefill_kv: int
+    decode_kv: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSizes:
+    """KV pool sizes of one replica, in blocks, with the bytes behind them.
+
+    The prefill pool holds prompts, in prefill layout, from their first chunk until they are swapped out; the GPU pool
+    holds running sequences in decode layout; the host pool everything between.
+    """
+
+    num_prefill_blocks: int
+    num_gpu_blocks: int
+    num_host_blocks: int
+    host_bytes: int
+    device: DeviceMemory
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """Blocks that hold `num_tokens`."""
+    return -(-num_tokens // block_size)
+
+
+def size_pools(run: RunConfig, shape: ModelShape, device_bytes: int) -> PoolSizes:
+    """Size the pools of one replica for devices with `device_bytes` of usable memory each.
+
+    Raises UserError when the weights do not fit, or when a pool cannot hold one request of `max_model_len`.
+    """
+    pair = run.layout_pair
+    dtype = dtype_name(run, shape)
+    itemsize = DTYPE_BYTES[dtype]
+    longest = blocks_for(max_model_len(run, shape), run.kv_block_size)
+    in_flight = (pair.prefill.pp + 3) * run.max_num_batched_tokens
+    num_prefill_blocks = longest + blocks_for(in_flight, run.kv_block_size)
+
+    weights = _layer_bytes(run, shape, itemsize)
+    embeddings = _embedding_bytes(run, shape, itemsize)
+    activations = _activation_bytes(run, shape, itemsize)
+    prefill_kv = num_prefill_blocks * _block_bytes(run, shape, Phase.PREFILL, dtype)
+    block_bytes = _block_bytes(run, shape, Phase.DECODE, dtype)
+    budget = int(device_bytes * run.gpu_memory_utilization)
+    left = budget - weights - embeddings - activations - prefill_kv
+    num_gpu_blocks = left // block_bytes if run.num_gpu_kv_blocks is None else run.num_gpu_kv_blocks
+    if num_gpu_blocks < longest:
+        _refuse_gpu(run, longest, num_gpu_blocks, budget, weights + embeddings + activations + prefill_kv)
+
+    row_bytes = shape.kv_block_bytes(shape.num_layers, shape.num_kv_heads, run.kv_block_size, dtype)
+    num_host_blocks = int(run.kv_offloading_size * GIB / pair.dp) // row_bytes
+    if run.num_host_kv_blocks is not None:
+        num_host_blocks = run.num_host_kv_blocks
+    if num_host_blocks < longest:
+        raise UserError(
+            f"num_host_kv_blocks={num_host_blocks}: one request of max_model_len tokens needs {longest} blocks of "
+            f"kv_block_size={run.kv_block_size}; raise kv_offloading_size (or num_host_kv_blocks), or lower max_model_len"
+        )
+    return PoolSizes(
+        num_prefill_blocks=num_prefill_blocks,
+        num_gpu_blocks=num_gpu_blocks,
+        num_host_blocks=num_host_blocks,
+        host_bytes=num_host_blocks * row_bytes,
+        device=DeviceMemory(weights, embeddings, activations, prefill_kv, num_gpu_blocks * block_bytes),
+    )
+
+
+def _refuse_gpu(run: RunConfig, longest: int, num_blocks: int, budget: int, spent: int) -> None:
+    if run.num_gpu_kv_blocks is not None:
+        raise UserError(
+            f"num_gpu_kv_blocks={num_blocks}: one request of max_model_len tokens needs {longest} blocks of "
+            f"kv_block_size={run.kv_block_size}; raise num_gpu_kv_blocks, or lower max_model_len"
+        )
+    raise UserError(
+        f"gpu_memory_utilization={run.gpu_memory_utilization}: of {budget / GIB:.2f} GiB a device, weights, activations and the "
+        f"prefill pool take {spent / GIB:.2f} GiB, which leaves {max(0, num_blocks)} KV blocks where one request of "
+        f"max_model_len tokens needs {longest}; use more GPUs, or lower max_model_len or max_num_batched_tokens"
+    )
+
+
+def _layer_bytes(run: RunConfig, shape: ModelShape, itemsize: int) -> int:
+    """The arena: the larger of the two phases' shards, on the rank that has most."""
+    pair = run.layout_pair
+    largest = 0
+    for rank in range(pair.replica_size):
+        owned = (
+            len(pair[p].shard(rank, shape.num_layers, shape.num_kv_heads).layers.indices()) / pair[p].tp for p in Phase
+        )
+        largest = max(largest, int(max(owned) * shape.layer_parameters * itemsize))
+    return largest
+
+
+def _embedding_bytes(run: RunConfig, shape: ModelShape, itemsize: int) -> int:
+    """Both phases' shards of the embedding and the LM head stay resident; norms are whole on every rank."""
+    pair = run.layout_pair
+    table = shape.vocab_size * shape.hidden_size * itemsize
+    shards = sum(table // pair[phase].tp * (2 if pair[phase].pp == 1 else 1) for phase in Phase)
+    return shards + (2 * shape.num_layers + 1) * shape.hidden_size * itemsize
+
+
+def _activation_bytes(run: RunConfig, shape: ModelShape, itemsize: int) -> int:
+    """An upper bound of live activations in a prefill micro-batch, and of the logits of a decode step in float32."""
+    tp = min(run.layout_pair.prefill.tp, run.layout_pair.decode.tp)
+    width = 6 * shape.hidden_size + 3 * (shape.intermediate_size + shape.num_heads * shape.head_dim) // tp
+    return run.max_num_batched_tokens * width * itemsize + 3 * run.max_num_seqs * shape.vocab_size * 4
+
+
+def _block_bytes(run: RunConfig, shape: ModelShape, phase: Phase, dtype: str) -> int:
+    layout = run.layout_pair[phase]
+    layers = layout.stage_layers(shape.num_layers)[0].size
+    return shape.kv_block_bytes(layers, shape.num_kv_heads // layout.tp, run.kv_block_size, dtype)

@@ -1,0 +1,169 @@
+"""Running sequences, the pipeline groups they step in, and who gives way when GPU blocks run out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from seesaw_ds.sched.output import DecodeBatch, DecodeRow, SchedulerLimits
+from seesaw_ds.sched.pools import KvPools
+from seesaw_ds.sched.sequence import Sequence, SequenceState
+
+# One step runs and the next is queued behind it, so that workers never wait for the scheduler.
+_MAX_STEPS_IN_FLIGHT = 2
+
+
+class DecodeGroups:
+    """The running sequences, in as many groups as decode has stages; the groups step in turn::
+
+        2 stages   stage 0   g0 g1 g0 g1 ...
+                   stage 1      g0 g1 g0 ...
+
+    A sequence's steps in flight are always of one group, since the token of one step is fed to the next when the
+    group comes round: a sequence that changes groups is left out until its steps are answered.
+    """
+
+    def __init__(self, limits: SchedulerLimits, pools: KvPools) -> None:
+        self._block_size = limits.block_size
+        self._pools = pools
+        self._groups: list[dict[int, Sequence]] = [{} for _ in range(limits.decode_stages)]
+        self._num_in_flight = [0] * limits.decode_stages
+        self._batches: dict[int, tuple[int, list[Sequence]]] = {}
+        self._next_group = 0
+        self._victims: dict[int, Sequence] = {}
+
+    @property
+    def has_steps_in_flight(self) -> bool:
+        """Whether a decode step is unanswered."""
+        return bool(self._batches)
+
+    def members(self) -> Iterator[Sequence]:
+        """The running sequences."""
+        return (seq for group in self._groups for seq in group.values())
+
+    def join(self, seq: Sequence) -> None:
+        """Make `seq` run, in the smallest group."""
+        seq.state = SequenceState.RUNNING
+        self._put(seq, min(range(len(self._groups)), key=lambda group: len(self._groups[group])))
+
+    def leave(self, seq: Sequence) -> None:
+        """Take out a sequence that ended or is evicted; its steps in flight stay counted."""
+        del self._groups[seq.group][seq.seq_id]
+        self._victims.pop(seq.seq_id, None)
+
+    def next_batch(self, step_id: int) -> DecodeBatch | None:
+        """Issue a step of the next group that has one to make; None when there is none.
+
+        Takes the blocks that the rows need, and marks victims when there are too few.
+        """
+        self._rebalance()
+        num_groups = len(self._groups)
+        for group in ((self._next_group + i) % num_groups for i in range(num_groups)):
+            if self._num_in_flight[group] == _MAX_STEPS_IN_FLIGHT:
+                continue
+            if rows := self._issue_rows(group):
+                self._next_group = (group + 1) % num_groups
+                self._num_in_flight[group] += 1
+                self._batches[step_id] = (group, [self._groups[group][row.seq_id] for row in rows])
+                return DecodeBatch(step_id, group, rows)
+        return None
+
+    def finish_batch(self, step_id: int) -> list[Sequence]:
+        """The sequences of an answered step, in the order of its rows."""
+        group, sequences = self._batches.pop(step_id)
+        self._num_in_flight[group] -= 1
+        return sequences
+
+    def pop_victim(self) -> Sequence | None:
+        """A sequence to evict now, taken out of its group: marked, and with no step in flight."""
+        for seq in self._victims.values():
+            if seq.in_flight == 0:
+                self.leave(seq)
+                return seq
+        return None
+
+    def spare_victims(self) -> None:
+        """Unmark all victims: nobody needs their blocks now."""
+        self._victims.clear()
+
+    def _put(self, seq: Sequence, group: int) -> None:
+        seq.group = group
+        self._groups[group][seq.seq_id] = seq
+
+    def _rebalance(self) -> None:
+        while True:
+            sizes = [len(group) for group in self._groups]
+            largest, smallest = sizes.index(max(sizes)), sizes.index(min(sizes))
+            if sizes[largest] - sizes[smallest] <= 1:
+                return
+            _, seq = self._groups[largest].popitem()
+            self._put(seq, smallest)
+
+    def _issue_rows(self, group: int) -> tuple[DecodeRow, ...]:
+        rows: list[DecodeRow] = []
+        lacking: list[Sequence] = []
+        for seq in self._groups[group].values():
+            if seq.is_fully_issued or seq.seq_id in self._victims or (seq.in_flight and seq.step_group != group):
+                continue
+            position = seq.next_position
+            new_blocks: tuple[int, ...] = ()
+            if position // self._block_size >= len(seq.gpu_blocks):
+                if not self._may_grow(seq):
+                    continue
+                if self._pools.gpu.num_free == 0:
+                    lacking.append(seq)
+                    continue
+                new_blocks = self._pools.grow(seq)
+            seq.num_issued_tokens += 1
+            seq.in_flight += 1
+            seq.step_group = group
+            assert seq.slot is not None
+            rows.append(DecodeRow(seq.seq_id, seq.slot, position, new_blocks))
+        if lacking:
+            self._mark_victims(lacking)
+        return tuple(rows)
+
+    def _may_grow(self, seq: Sequence) -> bool:
+        reserve = self._pools.reserve
+        if reserve.allows_growth(seq.seq_id):
+            return True
+        if reserve.designated is None:
+            oldest = min(self._candidates(), key=lambda candidate: candidate.order)
+            reserve.designate(oldest.seq_id)
+        return seq.seq_id == reserve.designated
+
+    def _candidates(self) -> list[Sequence]:
+        """Running sequences that are not to be evicted."""
+        return [seq for seq in self.members() if seq.seq_id not in self._victims]
+
+    def _mark_victims(self, lacking: list[Sequence]) -> None:
+        """Choose sequences to evict, newest first, until the blocks to come are enough for the `lacking` rows.
+
+        A victim may be one of the lacking itself, but the designated sequence, or else the oldest, is left to run.
+        Only as many are chosen as the host has room for; by the reserve rule that is at least one once all
+        transfers have settled.
+        """
+        leaving = [seq for seq in self._pools.owners.values() if self._is_leaving(seq)]
+        num_coming = sum(len(seq.gpu_blocks) for seq in leaving)
+        num_host_free = self._pools.host.num_free - sum(len(seq.gpu_blocks) for seq in self._victims.values())
+        num_lacking = len(lacking)
+        designated = self._pools.reserve.designated
+        by_age = sorted(self._candidates(), key=lambda seq: (seq.seq_id != designated, seq.order))
+        for victim in reversed(by_age[1:]):
+            if num_coming >= num_lacking:
+                return
+            if victim.is_fully_issued:
+                continue
+            num_host_free -= len(victim.gpu_blocks)
+            if num_host_free < 0:
+                return
+            self._victims[victim.seq_id] = victim
+            num_coming += len(victim.gpu_blocks)
+            num_lacking -= victim in lacking
+
+    def _is_leaving(self, seq: Sequence) -> bool:
+        """Whether the sequence's GPU blocks, if any, come free without a further decision."""
+        return (
+            seq.seq_id in self._victims
+            or seq.state in (SequenceState.EVICTING, SequenceState.ENDED)
+            or (seq.state is SequenceState.RUNNING and seq.is_fully_issued)
+        )

@@ -1,0 +1,183 @@
+"""What passes between the scheduler and whatever executes its decisions: actions down, events up.
+
+The scheduler is pure: it never sees a token's logits, a tensor or a clock. `Scheduler.schedule` returns one
+action (or None when nothing can start before something finishes), and every action is answered by one event,
+in any order across kinds::
+
+    PrefillBatch -> PrefillDone       its first tokens, of the sequences whose prompt ends in the batch
+                 -> SwapOutDone       once per sequence: its whole prompt's KV is in the host pool
+    DecodeBatch  -> DecodeDone
+    SwapIn       -> SwapInDone
+    Evict        -> EvictDone
+    SwitchPhase  -> PhaseSwitched
+
+Workers execute actions in the order given, except that SwapIn, Evict and the swap-outs of a PrefillBatch run
+beside the compute; the scheduler reuses their blocks only after their event.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from seesaw_ds.layout import Phase
+from seesaw_ds.requests import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Sizes that bound what the scheduler may do, for one replica.
+
+    `num_prefill_blocks` is the pool in prefill layout that holds prompts until they are swapped out,
+    `num_gpu_blocks` the pool in decode layout, `num_host_blocks` the host pool; all count blocks of `block_size`
+    tokens. `prefill_stages` and `decode_stages` are the two phases' pipeline depths.
+    """
+
+    block_size: int
+    num_prefill_blocks: int
+    num_gpu_blocks: int
+    num_host_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    prefill_stages: int
+    decode_stages: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpec:
+    """What the scheduler knows of a sequence."""
+
+    seq_id: int
+    num_prompt_tokens: int
+    max_tokens: int
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Tokens ``start .. start + num_tokens`` of a prompt.
+
+    `block_ids` is the sequence's whole table in the prefill pool; `host_block_ids` is where the KV goes, and is
+    given with the last chunk only (`is_last`), which also samples the first output token.
+    """
+
+    seq_id: int
+    start: int
+    num_tokens: int
+    block_ids: tuple[int, ...]
+    is_last: bool
+    host_block_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillBatch:
+    """One micro-batch for the prefill pipeline."""
+
+    step_id: int
+    chunks: tuple[PrefillChunk, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """One sequence's part in a decode step: it computes the token at `position` and samples the next.
+
+    `new_block_ids` are appended to the sequence's table before the step.
+    """
+
+    seq_id: int
+    slot: int
+    position: int
+    new_block_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """One decode step of one pipeline group."""
+
+    step_id: int
+    group: int
+    rows: tuple[DecodeRow, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SwapIn:
+    """Copy a sequence's KV from the host pool to the GPU pool and give it `slot` (its worker-side state).
+
+    `num_tokens` is how many tokens the KV covers: the sequence's length less one, whose KV the next step writes.
+    """
+
+    seq_id: int
+    slot: int
+    num_tokens: int
+    host_block_ids: tuple[int, ...]
+    gpu_block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """Copy a running sequence's KV from the GPU pool to the host pool and take its slot away."""
+
+    seq_id: int
+    slot: int
+    gpu_block_ids: tuple[int, ...]
+    host_block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchPhase:
+    """Take the other phase's layout: workers re-shard their weights after the steps given before it."""
+
+    to: Phase
+
+
+Action = PrefillBatch | DecodeBatch | SwapIn | Evict | SwitchPhase
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillDone:
+    """A micro-batch left the pipeline. `tokens` are (seq_id, first output token) of chunks with `is_last`."""
+
+    step_id: int
+    tokens: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SwapOutDone:
+    """The whole prompt's KV of `seq_id` is in the host pool, from every stage."""
+
+    seq_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeDone:
+    """`tokens` are (seq_id, sampled token) for every row of the step."""
+
+    step_id: int
+    tokens: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SwapInDone:
+    seq_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class EvictDone:
+    seq_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseSwitched:
+    phase: Phase
+
+
+Event = PrefillDone | SwapOutDone | DecodeDone | SwapInDone | EvictDone | PhaseSwitched
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A sequence that ended; `num_output_tokens` of its sampled tokens count, later ones are to be dropped."""
+
+    seq_id: int
+    reason: FinishReason
+    num_output_tokens: int

@@ -1,0 +1,113 @@
+"""Where every sequence's KV blocks and slot are: the only code that takes or returns them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from seesaw_ds.sched.blocks import BlockPool, blocks_for
+from seesaw_ds.sched.output import Evict, SchedulerLimits, SwapIn
+from seesaw_ds.sched.reserve import Reserve
+from seesaw_ds.sched.sequence import Sequence
+
+
+class KvPools:
+    """The three KV pools, the slots, and the sequences that own parts of them, by id in order of admission.
+
+    `admit` makes a sequence an owner; `release` ends it. In between, `retire` takes a sequence that ended out of
+    the reserve rule while something in flight still uses its blocks.
+    """
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        self.prefill = BlockPool("prefill", limits.num_prefill_blocks)
+        self.gpu = BlockPool("GPU", limits.num_gpu_blocks)
+        self.host = BlockPool("host", limits.num_host_blocks)
+        self.slots = BlockPool("slot", limits.max_num_seqs)
+        self.reserve = Reserve(limits.num_gpu_blocks + limits.num_host_blocks)
+        self.owners: dict[int, Sequence] = {}
+
+    def can_admit(self, seq: Sequence) -> bool:
+        """Whether the prompt has its blocks, in the prefill pool and on the host, and the reserve rule is kept."""
+        num_blocks = seq.prompt_blocks
+        return (
+            num_blocks <= self.prefill.num_free
+            and num_blocks <= self.host.num_free
+            and self.reserve.admits(num_blocks, seq.peak_blocks)
+        )
+
+    def admit(self, seq: Sequence) -> None:
+        """Give the prompt its blocks in the prefill pool and on the host."""
+        num_blocks = seq.prompt_blocks
+        seq.prefill_blocks = self.prefill.allocate(num_blocks)
+        seq.host_blocks = self.host.allocate(num_blocks)
+        self.reserve.add(seq.seq_id, num_blocks, seq.peak_blocks)
+        self.owners[seq.seq_id] = seq
+
+    def free_prefill(self, seq: Sequence) -> None:
+        """Return the prompt's blocks in the prefill pool: its KV is on the host."""
+        self.prefill.free(seq.prefill_blocks)
+        seq.prefill_blocks = ()
+
+    def start_swap_in(self, seq: Sequence) -> SwapIn:
+        """Take a slot and as many GPU blocks as the sequence has on the host; it holds both until the copy is done."""
+        assert len(seq.host_blocks) == blocks_for(seq.num_stored_tokens, seq.block_size)
+        (seq.slot,) = self.slots.allocate(1)
+        seq.gpu_blocks = list(self.gpu.allocate(len(seq.host_blocks)))
+        return SwapIn(seq.seq_id, seq.slot, seq.num_stored_tokens, seq.host_blocks, tuple(seq.gpu_blocks))
+
+    def finish_swap_in(self, seq: Sequence) -> None:
+        """Return the host blocks: the KV is on the GPU."""
+        self.host.free(seq.host_blocks)
+        seq.host_blocks = ()
+
+    def start_evict(self, seq: Sequence) -> Evict:
+        """Take host blocks for a sequence with no step in flight; it keeps its slot until the copy is done."""
+        assert seq.slot is not None
+        assert len(seq.gpu_blocks) == blocks_for(seq.num_stored_tokens, seq.block_size)
+        seq.host_blocks = self.host.allocate(len(seq.gpu_blocks))
+        return Evict(seq.seq_id, seq.slot, tuple(seq.gpu_blocks), seq.host_blocks)
+
+    def finish_evict(self, seq: Sequence) -> None:
+        """Return the GPU blocks and the slot: the KV is on the host."""
+        assert seq.slot is not None
+        self.gpu.free(seq.gpu_blocks)
+        self.slots.free((seq.slot,))
+        seq.gpu_blocks = []
+        seq.slot = None
+
+    def grow(self, seq: Sequence) -> tuple[int, ...]:
+        """Append one GPU block to the sequence's table; returns it."""
+        self.reserve.grow(seq.seq_id)
+        new_blocks = self.gpu.allocate(1)
+        seq.gpu_blocks.extend(new_blocks)
+        return new_blocks
+
+    def retire(self, seq: Sequence) -> None:
+        """Count the blocks of a sequence that ended as free in the reserve rule."""
+        self.reserve.remove(seq.seq_id)
+
+    def release(self, seq: Sequence) -> None:
+        """Return everything that a retired sequence still owns."""
+        assert seq.in_flight == 0
+        self.prefill.free(seq.prefill_blocks)
+        self.host.free(seq.host_blocks)
+        self.gpu.free(seq.gpu_blocks)
+        if seq.slot is not None:
+            self.slots.free((seq.slot,))
+        del self.owners[seq.seq_id]
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless each used block and slot has exactly one owner and the reserve rule is kept."""
+        self._check_owned(self.prefill, lambda seq: seq.prefill_blocks)
+        self._check_owned(self.host, lambda seq: seq.host_blocks)
+        self._check_owned(self.gpu, lambda seq: seq.gpu_blocks)
+        self._check_owned(self.slots, lambda seq: () if seq.slot is None else (seq.slot,))
+        self.reserve.check_integrity()
+
+    def _check_owned(self, pool: BlockPool, blocks_of: Callable[[Sequence], Collection[int]]) -> None:
+        pool.check_integrity()
+        owned = [block_id for seq in self.owners.values() for block_id in blocks_of(seq)]
+        if not len(owned) == len(set(owned)) == pool.num_used:
+            raise RuntimeError(
+                f"{pool.name} pool: {len(owned)} owned by sequences ({len(set(owned))} different) "
+                f"!= {pool.num_used} used"
+            )

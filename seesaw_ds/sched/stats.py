@@ -1,0 +1,40 @@
+"""What the scheduler tells about itself."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from seesaw_ds.layout import Phase
+
+
+class TransitionReason(enum.Enum):
+    """Why the phase changed; the first two lead to decode, the last to prefill."""
+
+    HOST_FULL = "host_full"
+    NO_PROMPT_LEFT = "no_prompt_left"
+    HOST_EMPTY = "host_empty"
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerStats:
+    """A snapshot. Each live sequence is in one of the first four counts.
+
+    `num_prefilling` ends when the prompt's KV is on the host, `num_host` when it is back on the GPU, and
+    `num_finished` leaves out aborted sequences. Block counts include blocks in transit.
+    """
+
+    phase: Phase
+    num_waiting: int
+    num_prefilling: int
+    num_host: int
+    num_running: int
+    num_finished: int
+    num_prefill_blocks_used: int
+    num_prefill_blocks: int
+    num_gpu_blocks_used: int
+    num_gpu_blocks: int
+    num_host_blocks_used: int
+    num_host_blocks: int
+    num_transitions: int
+    num_evictions: int

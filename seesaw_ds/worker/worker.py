@@ -1,0 +1,211 @@
+"""One rank: takes its scheduler's commands in order, computes, and reports.
+
+The main thread computes. Two copy engines run beside it: "swap-out" moves KV to the host pool (finished prompts,
+evictions), "swap-in" brings it back. A command that copies is only handed over here; its result is reported by
+the copy engine's thread when the copy is done.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+import traceback
+from collections.abc import Sequence
+from functools import partial
+
+import msgspec
+import torch
+import torch.distributed as dist
+import zmq
+from deepspeed.accelerator import get_accelerator
+
+from seesaw_ds.engine import addresses
+from seesaw_ds.engine import messages as wire
+from seesaw_ds.engine.lifeline import Lifeline
+from seesaw_ds.engine.process_id import ProcessId
+from seesaw_ds.kv.device_pool import DeviceKVPool
+from seesaw_ds.kv.swap import CopyEngine
+from seesaw_ds.kv.transfer import copy_to_device, copy_to_host
+from seesaw_ds.layout import Phase
+from seesaw_ds.model.sampling_output import SampledTokens
+from seesaw_ds.observe.metrics import RankCounters
+from seesaw_ds.observe.timeline import SpanRecorder, Track
+from seesaw_ds.parallel import device as devices
+from seesaw_ds.requests import SequenceRequest
+from seesaw_ds.worker.reports import Reporter
+from seesaw_ds.worker.setup import Engine, StartUpTimer
+
+TELEMETRY_SECONDS = 0.5
+
+
+class Worker:
+    """Executes commands on one device."""
+
+    def __init__(
+        self, engine: Engine, run_id: str, reporter: Reporter, lifeline: Lifeline, is_traced: bool
+    ) -> None:
+        self._engine = engine
+        self._rank = dist.get_rank()
+        self._reporter = reporter
+        self._lifeline = lifeline
+        self._requests: dict[int, SequenceRequest] = {}
+        self._device = devices.device()
+        self._spans = SpanRecorder(is_traced)
+        self._copied_bytes = {Track.SWAP_OUT: 0, Track.SWAP_IN: 0}
+        self._weight_bytes = 0
+        self._reshard_seconds = 0.0
+        self._last_telemetry = time.monotonic()
+        self._phase = Phase.PREFILL
+        self._swap_out = CopyEngine(Track.SWAP_OUT.value, self._device, self._fail, self._record_copy)
+        self._swap_in = CopyEngine(Track.SWAP_IN.value, self._device, self._fail, self._record_copy)
+        self._commands = reporter.context.socket(zmq.PULL)
+        self._commands.setsockopt(zmq.RCVHWM, 0)
+        self._commands.connect(addresses.commands(run_id, self._rank))
+        self._decoder = msgspec.msgpack.Decoder(wire.Command)
+
+    def run(self, timer: StartUpTimer) -> None:
+        """Serve commands until Stop."""
+        sizes = self._engine.pool_sizes
+        me = ProcessId.of(f"worker rank {self._rank}")
+        self._reporter.telemetry(wire.StartUp(me, timer.seconds))
+        self._reporter.result(
+            wire.WorkerReady(me, sizes.num_prefill_blocks, sizes.num_gpu_blocks, sizes.num_host_blocks)
+        )
+        with torch.inference_mode():
+            while True:
+                command = self._next_command()
+                if isinstance(command, wire.Stop):
+                    break
+                self._execute(command)
+                if time.monotonic() - self._last_telemetry > TELEMETRY_SECONDS:
+                    self._send_telemetry()
+        self._close()
+
+    def _next_command(self) -> wire.Command:
+        start = time.monotonic()
+        while not self._commands.poll(round(TELEMETRY_SECONDS * 1000)):
+            self._send_telemetry()
+        command = self._decoder.decode(self._commands.recv())
+        self._spans.add(Track.WAIT, "wait", start, time.monotonic())
+        return command
+
+    def _execute(self, command: wire.Command) -> None:
+        if isinstance(command, wire.Decode):
+            self._run_decode(command)
+        elif isinstance(command, wire.Prefill):
+            self._run_prefill(command)
+        elif isinstance(command, wire.Load):
+            self._start_load(command)
+        elif isinstance(command, wire.Store):
+            self._start_store(command)
+        elif isinstance(command, wire.Switch):
+            self._switch(command.to)
+        elif isinstance(command, wire.Drop):
+            for seq_id in command.seq_ids:
+                del self._requests[seq_id]
+
+    def _run_prefill(self, command: wire.Prefill) -> None:
+        for request in command.requests:
+            self._requests[request.seq_id] = request
+        batch = command.batch
+        num_tokens = sum(chunk.num_tokens for chunk in batch.chunks)
+        with self._spans.span(Track.COMPUTE, "prefill", step=batch.step_id, tokens=num_tokens):
+            sampled = self._engine.prefill.run(batch, self._requests)
+        ends = [chunk for chunk in batch.chunks if chunk.is_last]
+        if ends:
+            blocks = [block for chunk in ends for block in chunk.block_ids]
+            host_blocks = [block for chunk in ends for block in chunk.host_block_ids]
+            pool = self._engine.prefill_pool
+            message = wire.SwapOutDone(self._rank, [chunk.seq_id for chunk in ends])
+            self._submit_out(pool, blocks, host_blocks, message)
+        self._report_step(Phase.PREFILL, batch.step_id, sampled)
+
+    def _run_decode(self, step: wire.Decode) -> None:
+        with self._spans.span(Track.COMPUTE, "decode", step=step.step_id):
+            sampled = self._engine.decode.run(step)
+        self._report_step(Phase.DECODE, step.step_id, sampled)
+
+    def _report_step(self, phase: Phase, step_id: int, sampled: SampledTokens | None) -> None:
+        groups = self._engine.state[phase]
+        if not groups.is_last_stage or groups.coords.tp != 0:
+            return
+        rows = sampled.to_host() if sampled is not None else []
+        logprobs = [logprob for _, logprob in rows]
+        has_logprobs = any(logprob is not None for logprob in logprobs)
+        token_ids = [token_id for token_id, _ in rows]
+        self._reporter.result(wire.StepDone(step_id, token_ids, logprobs if has_logprobs else None))
+
+    def _start_load(self, load: wire.Load) -> None:
+        swap = load.swap
+        self._engine.decode.load(load, self._requests[swap.seq_id])
+        pool, host_pool = self._engine.decode_pool, self._engine.host_pool
+        self._swap_in.submit(
+            partial(copy_to_device, host_pool, swap.host_block_ids, pool, swap.gpu_block_ids),
+            after=devices.record_event(self._device),
+            on_done=partial(self._reporter.result, wire.LoadDone(self._rank, swap.seq_id)),
+        )
+
+    def _start_store(self, store: wire.Store) -> None:
+        evict = store.evict
+        message = wire.StoreDone(self._rank, evict.seq_id)
+        self._submit_out(self._engine.decode_pool, evict.gpu_block_ids, evict.host_block_ids, message)
+
+    def _submit_out(
+        self, pool: DeviceKVPool, blocks: Sequence[int], host_blocks: Sequence[int], message: wire.WorkerResult
+    ) -> None:
+        self._swap_out.submit(
+            partial(copy_to_host, pool, blocks, self._engine.host_pool, host_blocks),
+            after=devices.record_event(self._device),
+            on_done=partial(self._reporter.result, message),
+        )
+
+    def _switch(self, to: Phase) -> None:
+        start = time.monotonic()
+        engine = self._engine
+        if self._phase is Phase.DECODE:
+            engine.decode.read_all_tokens()
+        for link in engine.links:
+            link.drain()
+        with self._spans.span(Track.RESHARD, f"to {to.value}"):
+            num_bytes = engine.reshard.run(to)
+            get_accelerator().synchronize()
+        engine.state.activate(to)
+        self._phase = to
+        seconds = time.monotonic() - start
+        self._reshard_seconds += seconds
+        self._weight_bytes += num_bytes
+        self._reporter.result(wire.SwitchDone(self._rank, to, seconds, num_bytes))
+
+    def _record_copy(self, name: str, start: float, end: float, num_bytes: int) -> None:
+        track = Track(name)
+        self._copied_bytes[track] += num_bytes
+        self._spans.add(track, name, start, end, bytes=num_bytes)
+
+    def _send_telemetry(self) -> None:
+        self._last_telemetry = time.monotonic()
+        accelerator = get_accelerator()
+        counters = RankCounters(
+            reshard_seconds=self._reshard_seconds,
+            weight_bytes=self._weight_bytes,
+            kv_out_bytes=self._copied_bytes[Track.SWAP_OUT],
+            kv_in_bytes=self._copied_bytes[Track.SWAP_IN],
+            peak_device_bytes=accelerator.max_memory_allocated() if devices.is_cuda(self._device) else 0,
+            peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        )
+        self._reporter.telemetry(wire.Telemetry(self._rank, self._spans.drain(), counters))
+
+    def _fail(self, error: BaseException) -> None:
+        details = "".join(traceback.format_exception(error))
+        self._lifeline.fail(f"worker rank {self._rank}: {error!r}", details=details)
+
+    def _close(self) -> None:
+        # From here on the run's processes end one after the other. None of the workers may while another still watches.
+        self._lifeline.stop()
+        dist.barrier()
+        self._swap_out.close()
+        self._swap_in.close()
+        self._engine.close()
+        self._send_telemetry()
+        self._reporter.result(wire.WorkerBye(self._rank))
+        self._commands.close()
+        self._reporter.close()
