@@ -36,7 +36,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="YAML file of settings")
     parser.add_argument("--input", help="OpenAI batch JSONL to read (instead of the config's)")
     parser.add_argument("--output", help="result JSONL to write (instead of the config's)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; repeatable")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting; repeatable"
+    )
     parser.add_argument("--overwrite", action="store_true", help="start anew instead of finishing an earlier run")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher adds it
     return parser.parse_args()
@@ -56,7 +58,10 @@ def main() -> int:
     start = time.monotonic()
     arguments = parse_arguments()
     if "RANK" not in os.environ:
-        print("error: start with the DeepSpeed launcher: deepspeed --num_gpus N launch/run.py --config FILE", file=sys.stderr)
+        print(
+            "error: start with the DeepSpeed launcher: deepspeed --num_gpus N launch/run.py --config FILE",
+            file=sys.stderr,
+        )
         return 2
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # Megatron-core says so at every import; nothing here uses its optimizers.

@@ -15,7 +15,7 @@ class FinishReason(str, enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen and when to stop. Names and meanings are vLLM's; `validate` checks the ranges.
+    """How tokens are chosen and when to stop. Names and meanings are vLLM's; `seesaw_ds.batch.sampling` checks ranges.
 
     `temperature` 0 is greedy. `top_k` 0 (or -1) and `top_p` 1 keep every token. `logprobs` is how many top
     tokens to report beside the chosen one (None: report nothing). `seed` None takes one derived from the run's seed

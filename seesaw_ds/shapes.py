@@ -60,6 +60,15 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def _longest_position(config: Mapping[str, Any]) -> int:
+    """Positions the model can take: RoPE kinds that stretch as they go ("dynamic", "linear") take `factor` times more."""
+    limit = int(config.get("max_position_embeddings", 2048))
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) in ("dynamic", "linear"):
+        limit = int(limit * float(rope.get("factor", 1.0)))
+    return limit
+
+
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
     """Sizes from a Hugging Face config. Raises UserError for an architecture or switch that is not supported."""
     architectures = config.get("architectures") or ["(none)"]
@@ -86,7 +95,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
             head_dim=int(config.get("head_dim") or hidden_size // num_heads),
             intermediate_size=int(config["intermediate_size"]),
             vocab_size=int(config["vocab_size"]),
-            max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
+            max_position_embeddings=_longest_position(config),
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             dtype=str(dtype),

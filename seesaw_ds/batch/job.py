@@ -14,7 +14,7 @@ from pathlib import Path
 
 from seesaw_ds.batch.input import read_batch
 from seesaw_ds.batch.journal import ResultJournal
-from seesaw_ds.batch.lines import BatchRequest, LineError, TokenizedRequest
+from seesaw_ds.batch.lines import BatchRequest, LineError, TokenizedPrompt, TokenizedRequest
 from seesaw_ds.batch.output import (
     ChoiceResult,
     RequestResult,
@@ -100,38 +100,34 @@ class BatchJob:
             line = next(self._lines, None)
             if line is None:
                 self.is_exhausted = True
-            elif self._journal.is_done(line.key):
-                self._metrics.num_resumed += 1
-            else:
+            elif not self._journal.is_done(line.key):
                 taken.extend(self._open(line))
         return taken
 
     def _open(self, line: BatchRequest | LineError) -> list[SequenceRequest]:
-        if isinstance(line, BatchRequest):
-            line = self._tokenize(line)
-        if isinstance(line, LineError):
-            self._fail(line)
+        tokenized = self._tokenize(line) if isinstance(line, BatchRequest) else line
+        if isinstance(tokenized, LineError):
+            self._fail(tokenized)
             return []
-        opened = _OpenRequest(line, [None] * sum(prompt.params.n for prompt in line.prompts))
-        index = 0
-        requests = []
-        for prompt in line.prompts:
-            eos = () if prompt.params.ignore_eos else self._codec.eos_token_ids
-            for choice in range(prompt.params.n):
-                seed = prompt.params.seed
-                request = SequenceRequest(
-                    seq_id=self._next_seq_id,
-                    prompt_token_ids=prompt.token_ids,
-                    params=prompt.params,
-                    seed=self._derive_seed(line.custom_id, index) if seed is None else seed + choice,
-                    stop_token_ids=tuple(dict.fromkeys((*prompt.params.stop_token_ids, *eos))),
-                )
-                finder = StopStringFinder(self._codec, prompt.params) if prompt.params.stop else None
-                self._sequences[request.seq_id] = _OpenSequence(opened, index, request, finder)
-                self._next_seq_id += 1
-                index += 1
-                requests.append(request)
-        return requests
+        num_choices = sum(prompt.params.n for prompt in tokenized.prompts)
+        owner = _OpenRequest(tokenized, [None] * num_choices)
+        choices = ((prompt, choice) for prompt in tokenized.prompts for choice in range(prompt.params.n))
+        return [self._open_choice(owner, index, *choice) for index, choice in enumerate(choices)]
+
+    def _open_choice(self, owner: _OpenRequest, index: int, prompt: TokenizedPrompt, choice: int) -> SequenceRequest:
+        params = prompt.params
+        eos = () if params.ignore_eos else self._codec.eos_token_ids
+        request = SequenceRequest(
+            seq_id=self._next_seq_id,
+            prompt_token_ids=prompt.token_ids,
+            params=params,
+            seed=self._choose_seed(params.seed, owner.request.custom_id, index, choice),
+            stop_token_ids=tuple(dict.fromkeys((*params.stop_token_ids, *eos))),
+        )
+        finder = StopStringFinder(self._codec, params) if params.stop else None
+        self._sequences[request.seq_id] = _OpenSequence(owner, index, request, finder)
+        self._next_seq_id += 1
+        return request
 
     def _tokenize(self, line: BatchRequest) -> TokenizedRequest | LineError:
         try:
@@ -139,9 +135,12 @@ class BatchJob:
         except Exception as error:  # whatever a tokenizer does with strange text, it fails this request alone
             return LineError(line.line_number, line.custom_id, repr(error), None, "internal_error", status_code=500)
 
-    def _derive_seed(self, custom_id: str, index: int) -> int:
-        digest = hashlib.sha256(f"{self._seed}\0{custom_id}\0{index}".encode()).digest()
-        return int.from_bytes(digest[:8], "little", signed=True)
+    def _choose_seed(self, seed: int | None, custom_id: str, index: int, choice: int) -> int:
+        """A request's own seed is its first choice's; every other seed is derived, so that no two streams are alike."""
+        if seed is not None and choice == 0:
+            return seed
+        text = f"{self._seed}\0{custom_id}\0{index}" if seed is None else f"{seed}\0{choice}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
 
     def add_tokens(self, seq_id: int, token_ids: list[int], logprobs: list[TokenLogprobs]) -> bool:
         """Take new tokens of a sequence with stop strings; True when one was found, so that it can be aborted."""

@@ -55,6 +55,7 @@ class Frontend:
         )
         self._journal = open_results(Path(run.output), manifest, overwrite=spec.overwrite)
         self._metrics = RunMetrics(run.model, str(self._layouts), self._layouts.dp, time.monotonic())
+        self._metrics.num_resumed = self._journal.num_done
         self._metrics.num_total = count_requests(Path(run.input))
         self._timeline = None
         if run.timeline is not None:

@@ -1,7 +1,7 @@
 """One replica's scheduler process: a loop over three sockets. Imports no torch, so it starts in a moment.
 
-    frontend  <- DEALER ->  this process  -- PUSH, one a worker -->  workers
-                                          <-- PULL, shared --------
+frontend  <- DEALER ->  this process  -- PUSH, one a worker -->  workers
+                                      <-- PULL, shared --------
 """
 
 from __future__ import annotations
@@ -90,9 +90,7 @@ class SchedulerProcess:
             decode_stages=self._layouts.decode.pp,
         )
         self._core = EngineCore(Scheduler(limits), len(self._commands), self._to_workers)
-        self._to_frontend(
-            wire.SchedulerReady(first.num_prefill_blocks, first.num_gpu_blocks, first.num_host_blocks)
-        )
+        self._to_frontend(wire.SchedulerReady(first.num_prefill_blocks, first.num_gpu_blocks, first.num_host_blocks))
 
     def _receive(self, poller: zmq.Poller) -> None:
         """Wait for messages, then take all that have come."""
@@ -158,9 +156,7 @@ class SchedulerProcess:
         self._switch_bytes += message.num_bytes
         if self._core.on_switch(message):
             self._phase = message.to
-            self._to_frontend(
-                wire.PhaseChanged(message.to, self._switch_start, time.monotonic(), self._switch_bytes)
-            )
+            self._to_frontend(wire.PhaseChanged(message.to, self._switch_start, time.monotonic(), self._switch_bytes))
             self._switch_bytes = 0
             self._send_progress()
 

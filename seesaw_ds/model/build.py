@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from seesaw_ds.layout import LayoutPair, Phase
-from seesaw_ds.model.decoder import DecoderStage
+from seesaw_ds.model.decoder import DecoderLayer, DecoderStage
 from seesaw_ds.model.layers import RMSNorm, bind, padded_vocab_size
 from seesaw_ds.model.weights import WeightSource, norm_names, vocab_shard
 from seesaw_ds.parallel.groups import ParallelState
@@ -71,6 +71,7 @@ def build_stages(
 
 def _bind_layers(stage: DecoderStage, arena: WeightArena, first_slots: list[int], num_cells: int) -> None:
     for slot, layer in zip(first_slots, stage.layers, strict=True):
+        assert isinstance(layer, DecoderLayer)
         bind(layer.qkv, arena.matrix("qkv", slot, num_cells))
         bind(layer.o, arena.matrix("o", slot, num_cells).t())
         bind(layer.gate_up, arena.matrix("gate_up", slot, num_cells))

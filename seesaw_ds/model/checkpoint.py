@@ -12,7 +12,18 @@ from typing import Any
 from seesaw_ds.errors import UserError
 from seesaw_ds.shapes import ModelShape
 
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
+_DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+}
 _FLOATING = ("F64", "F32", "F16", "BF16")
 _MAX_HEADER_BYTES = 100 << 20
 
@@ -37,7 +48,9 @@ def index_checkpoint(folder: str | Path) -> dict[str, TensorEntry]:
     for path in paths:
         for name, entry in _read_header(path).items():
             if name in entries:
-                raise UserError(f"model={str(folder)!r}: tensor {name!r} is in both {entries[name].path.name} and {path.name}")
+                raise UserError(
+                    f"model={str(folder)!r}: tensor {name!r} is in both {entries[name].path.name} and {path.name}"
+                )
             entries[name] = entry
     return entries
 
@@ -91,7 +104,9 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
             raise UserError(f"{path}: tensor {name!r} has {stop - start} bytes where its shape needs {expected}")
         end = max(end, stop)
     if 8 + header_bytes + end > size:
-        raise UserError(f"{path}: truncated: {size} bytes where its header needs {8 + header_bytes + end}; fetch it again")
+        raise UserError(
+            f"{path}: truncated: {size} bytes where its header needs {8 + header_bytes + end}; fetch it again"
+        )
     return entries
 
 
@@ -105,9 +120,13 @@ def check_checkpoint(folder: str | Path, shape: ModelShape) -> dict[str, TensorE
         raise UserError(f"model={str(folder)!r}: weights missing: {', '.join(missing[:3])}{more}")
     for name, size in expected.items():
         if entries[name].shape != size:
-            raise UserError(f"model={str(folder)!r}: {name} has shape {entries[name].shape}, config.json asks for {size}")
+            raise UserError(
+                f"model={str(folder)!r}: {name} has shape {entries[name].shape}, config.json asks for {size}"
+            )
         if entries[name].dtype not in _FLOATING:
-            raise UserError(f"model={str(folder)!r}: {name} is {entries[name].dtype}; only {', '.join(_FLOATING)} are read")
+            raise UserError(
+                f"model={str(folder)!r}: {name} is {entries[name].dtype}; only {', '.join(_FLOATING)} are read"
+            )
     return entries
 
 

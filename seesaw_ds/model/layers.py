@@ -73,7 +73,9 @@ class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
 
     def __init__(self, vocab_size: int, hidden_size: int, group: ProcessGroup, dtype: torch.dtype) -> None:
         with torch.device("meta"):
-            super().__init__(vocab_size, hidden_size, init_method=_no_init, config=_config(group, dtype), tp_group=group)
+            super().__init__(
+                vocab_size, hidden_size, init_method=_no_init, config=_config(group, dtype), tp_group=group
+            )
 
 
 class RMSNorm(nn.Module):
@@ -90,9 +92,9 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
-def bind(layer: nn.Module, weight: torch.Tensor) -> None:
+def bind(layer: ColumnLinear | RowLinear | VocabEmbedding, weight: torch.Tensor) -> None:
     """Make `weight` the layer's parameter; shape and dtype must be those the layer was built for."""
-    expected = layer.weight
+    expected: torch.Tensor = layer.weight
     if weight.shape != expected.shape or weight.dtype != expected.dtype:
         raise RuntimeError(
             f"{type(layer).__name__}.weight: bound to {tuple(weight.shape)} {weight.dtype}, "

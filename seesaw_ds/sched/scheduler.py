@@ -57,7 +57,7 @@ class Scheduler:
         self._prefill = PrefillQueue(limits, self._pools, pairs_per_token)
         self._decode = DecodeGroups(limits, self._pools)
         self._forecast = LengthForecast(expected_output_tokens)
-        self._prefetcher = Prefetcher(self._pools, self._forecast)
+        self._prefetcher = Prefetcher(self._pools, limits.block_size, self._forecast)
         self._input_closed = False
         self._is_switching = False
         self._num_added = 0
@@ -256,7 +256,7 @@ class Scheduler:
         return finished
 
     def _append(self, seq: Sequence, token: int) -> list[Finished]:
-        self._forecast.add_tokens(1)
+        self._forecast.add_token()
         reason = seq.append(token)
         if reason is None:
             return []

@@ -42,7 +42,7 @@ def run_worker(
 def _watch_everybody(lifeline: Lifeline, processes: list[ProcessId]) -> None:
     """Tell the other ranks of this rank's processes, and watch theirs."""
     store = dist.distributed_c10d._get_default_store()
-    store.set(f"processes-{dist.get_rank()}", msgspec.msgpack.encode(processes))
+    store.set(f"processes-{dist.get_rank()}", msgspec.json.encode(processes).decode())
     for rank in range(dist.get_world_size()):
-        for process in msgspec.msgpack.decode(store.get(f"processes-{rank}"), type=list[ProcessId]):
+        for process in msgspec.json.decode(store.get(f"processes-{rank}"), type=list[ProcessId]):
             lifeline.watch(process)

@@ -98,7 +98,12 @@ class PrefillRunner:
         state = SamplingState(len(ends), logits.shape[1], self._device)
         for slot, request in enumerate(ends):
             state.set_slot(
-                slot, request.params, request.seed, request.stop_token_ids, request.prompt_token_ids, output_token_ids=()
+                slot,
+                request.params,
+                request.seed,
+                request.stop_token_ids,
+                request.prompt_token_ids,
+                output_token_ids=(),
             )
         slots = torch.arange(len(ends), device=self._device)
         return sample(logits, slots, torch.zeros_like(slots), state, range(len(ends)))

@@ -69,21 +69,21 @@ class Engine:
     decode: DecodeRunner
     links: tuple[PipelineLink, ...]
     pool_sizes: PoolSizes
-    mappings: list[NodeSharedMapping]
 
     def close(self) -> None:
         for link in self.links:
             link.drain()
         self.reshard.close()
-        for mapping in self.mappings:
-            mapping.close()
+        self.host_pool.close()
 
 
 def init_distributed() -> None:
     """Join the launcher's ranks: NCCL on CUDA, gloo on CPU."""
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cpu") if accelerator.device_name() == "cpu" else torch.device(accelerator.device_name(local_rank))
+    device = (
+        torch.device("cpu") if accelerator.device_name() == "cpu" else torch.device(accelerator.device_name(local_rank))
+    )
     devices.set_device(device)
     dist.init_process_group(
         accelerator.communication_backend_name(), device_id=device if devices.is_cuda(device) else None
@@ -106,15 +106,14 @@ def build_engine(run: RunConfig, timer: StartUpTimer) -> Engine:
     replica_rank = dist.get_rank() - state.replica_ranks[0]
     plan = plan_reshard(layouts, shape.num_layers)
     pieces = cell_tensors(shape, layouts.cells_per_layer)
-    mappings: list[NodeSharedMapping] = []
     with timer.part("weights"):
         arena = WeightArena(pieces, plan.num_slots[replica_rank], dtype, device)
         source = _source(run, shape, dtype, device)
         host_weights = None
         if run.weight_reshard == "host":
             num_bytes = HostWeights.required_bytes(pieces, shape.num_layers, layouts.cells_per_layer, dtype)
-            mappings.append(_share(f"weights-{state.replica_ranks[0]}", num_bytes, replica_rank, device))
-            host_weights = HostWeights(mappings[-1], pieces, shape.num_layers, layouts.cells_per_layer, dtype)
+            mapping = _share(f"weights-{state.replica_ranks[0]}", num_bytes, replica_rank, device)
+            host_weights = HostWeights(mapping, pieces, shape.num_layers, layouts.cells_per_layer, dtype)
         load_arena(arena, plan, replica_rank, source, host_weights, _log_progress)
         stages = build_stages(shape, layouts, state, plan, arena, replica_rank, source, dtype, device)
         dist.barrier(group=state.replica)
@@ -124,10 +123,12 @@ def build_engine(run: RunConfig, timer: StartUpTimer) -> Engine:
         reshard = ExchangeReshard(plan, arena, state.replica, replica_rank, list(state.replica_ranks))
     with timer.part("kv pools"):
         itemsize = DTYPE_BYTES[dtype_name(run, shape)]
-        layout = HostBlockLayout(layouts, shape.num_layers, shape.num_kv_heads, run.kv_block_size, shape.head_dim, itemsize)
+        layout = HostBlockLayout(
+            layouts, shape.num_layers, shape.num_kv_heads, run.kv_block_size, shape.head_dim, itemsize
+        )
         num_bytes = layout.row_bytes * pool_sizes.num_host_blocks
-        mappings.append(_share(f"kv-{state.replica_ranks[0]}", num_bytes, replica_rank, device))
-        host_pool = HostKVPool(mappings[-1], layout, pool_sizes.num_host_blocks, dtype)
+        mapping = _share(f"kv-{state.replica_ranks[0]}", num_bytes, replica_rank, device)
+        host_pool = HostKVPool(mapping, layout, pool_sizes.num_host_blocks, dtype)
         pools = {
             phase: DeviceKVPool(
                 layouts[phase].shard(replica_rank, shape.num_layers, shape.num_kv_heads),
@@ -167,7 +168,6 @@ def build_engine(run: RunConfig, timer: StartUpTimer) -> Engine:
         ),
         links=links,
         pool_sizes=pool_sizes,
-        mappings=mappings,
     )
 
 
@@ -196,7 +196,9 @@ def _usable_device_bytes(device: torch.device) -> int:
     accelerator = get_accelerator()
     if devices.is_cuda(device):
         return int(accelerator.total_memory(device.index))
-    return int(accelerator.available_memory()) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"])
+    return (
+        int(accelerator.available_memory()) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"])
+    )
 
 
 def _log_progress(done: int, total: int) -> None:

@@ -41,9 +41,7 @@ TELEMETRY_SECONDS = 0.5
 class Worker:
     """Executes commands on one device."""
 
-    def __init__(
-        self, engine: Engine, run_id: str, reporter: Reporter, lifeline: Lifeline, is_traced: bool
-    ) -> None:
+    def __init__(self, engine: Engine, run_id: str, reporter: Reporter, lifeline: Lifeline, is_traced: bool) -> None:
         self._engine = engine
         self._rank = dist.get_rank()
         self._reporter = reporter

@@ -34,7 +34,9 @@ def runs(draw):
     """A scheduler, its jobs and a seed; pools from just enough for the largest sequence to ample."""
     seed = draw(st.integers(0, 2**32))
     block_size = draw(st.sampled_from([1, 2, 4]))
-    jobs = make_jobs(seed, draw(st.integers(1, 24)), draw(st.sampled_from([1, 6, 20])), draw(st.sampled_from([1, 8, 24])))
+    jobs = make_jobs(
+        seed, draw(st.integers(1, 24)), draw(st.sampled_from([1, 6, 20])), draw(st.sampled_from([1, 8, 24]))
+    )
     largest_prompt = max(blocks_for(job.spec.num_prompt_tokens, block_size) for job in jobs)
     peak = max(blocks_for(job.spec.num_prompt_tokens + job.spec.max_tokens - 1, block_size) for job in jobs)
     spare = st.sampled_from([0, 0, 1, 3, 10, 60])
@@ -48,7 +50,12 @@ def runs(draw):
         prefill_stages=draw(st.integers(1, 3)),
         decode_stages=draw(st.integers(1, 3)),
     )
-    return Scheduler(limits, pairs_per_token=draw(st.sampled_from([1, 16, 8192]))), jobs, seed
+    scheduler = Scheduler(
+        limits,
+        pairs_per_token=draw(st.sampled_from([1, 16, 8192])),
+        expected_output_tokens=draw(st.sampled_from([None, 1, 1, 8])),
+    )
+    return scheduler, jobs, seed
 
 
 def check_empty(scheduler: Scheduler) -> None:
@@ -86,7 +93,7 @@ def test_tight_pools_evict_and_change_phase_often() -> None:
     jobs = [
         Job(SequenceSpec(seq_id, 3 + seq_id % 5, 20 + seq_id % 7), (0,) * (20 + seq_id % 7)) for seq_id in range(30)
     ]
-    scheduler = Scheduler(SchedulerLimits(2, 8, 18, 18, 8, 8, 2, 2))
+    scheduler = Scheduler(SchedulerLimits(2, 8, 18, 18, 8, 8, 2, 2), expected_output_tokens=1)
     executor = ShadowExecutor(scheduler, jobs, seed=7)
     executor.run()
     assert executor.finished == {job.spec.seq_id: job.expected for job in jobs}

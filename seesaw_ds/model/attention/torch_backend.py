@@ -23,15 +23,13 @@ class TorchAttention:
         self, q_NHD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, kv_cache: torch.Tensor
     ) -> torch.Tensor:
         batch = self._batch
-        if batch is None:
-            raise RuntimeError("TorchAttention.forward: plan() must come first")
+        assert batch is not None, "plan() comes before forward()"
         kv_cache[batch.write_blocks, 0, :, batch.write_offsets] = k_NKD
         kv_cache[batch.write_blocks, 1, :, batch.write_offsets] = v_NKD
-        return self._decode(q_NHD, kv_cache) if batch.is_decode else self._prefill(q_NHD, kv_cache)
+        return self._decode(batch, q_NHD, kv_cache) if batch.is_decode else self._prefill(batch, q_NHD, kv_cache)
 
-    def _decode(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+    def _decode(self, batch: AttentionBatch, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
         """All sequences at once, padded to the longest."""
-        batch = self._batch
         num_blocks = -(-max(batch.kv_lens) // kv_cache.shape[3])
         blocks = kv_cache[batch.block_tables[:, :num_blocks]]  # (B, blocks, 2, K, S, D)
         kv = blocks.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)  # (2, B, K, tokens, D)
@@ -41,9 +39,8 @@ class TorchAttention:
         out = F.scaled_dot_product_attention(q_NHD[:, :, None], kv[0], kv[1], attn_mask=self._mask, enable_gqa=True)
         return out[:, :, 0]
 
-    def _prefill(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+    def _prefill(self, batch: AttentionBatch, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
         """One sequence at a time; a chunk that is not a prompt's first attends to the chunks before it."""
-        batch = self._batch
         out = torch.empty_like(q_NHD)
         first = 0
         for row, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
