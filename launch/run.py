@@ -20,18 +20,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from seesaw_ds.config import RunConfig
 from seesaw_ds.engine.lifeline import Lifeline
-from seesaw_ds.engine.preflight import check_run, load_config
-from seesaw_ds.engine.process_id import ProcessId, launcher_ancestors
+from seesaw_ds.engine.preflight import check_run, is_finished, load_config
+from seesaw_ds.engine.process_id import LAUNCH_NAME, ProcessId, launcher_ancestors, missing_launcher, ranks_of
 from seesaw_ds.engine.process_spec import ProcessSpec, start_process
 from seesaw_ds.errors import UserError
 
 CHILD_EXIT_SECONDS = 30.0
+HOW_TO_START = "Start it with the DeepSpeed launcher: deepspeed --num_gpus N launch/run.py --config FILE"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Run a batch file of prompts: prefill under one parallel layout, decode under another.",
-        epilog="Start it with the DeepSpeed launcher: deepspeed --num_gpus N launch/run.py --config FILE",
+        epilog=HOW_TO_START,
     )
     parser.add_argument("--config", required=True, help="YAML file of settings")
     parser.add_argument("--input", help="OpenAI batch JSONL to read (instead of the config's)")
@@ -54,14 +55,29 @@ def start_children(run: RunConfig, run_id: str, overwrite: bool, watch: list[Pro
     return children
 
 
+def watch_launch(lifeline: Lifeline, launchers: list[ProcessId], first_rank: int) -> None:
+    """Watch the launcher and this node's ranks, before they have heard of each other."""
+    missing = missing_launcher(launchers)
+    if missing is not None:
+        lifeline.fail(f"{missing} is not running: it died, or did not start this. {HOW_TO_START}", exit_code=2)
+    ranks = next(ranks_of(launcher, first_rank) for launcher in launchers if launcher.name == LAUNCH_NAME)
+    for process in [*launchers, *ranks]:
+        lifeline.watch(process)
+
+
+def wait_for(children: dict[str, subprocess.Popen]) -> int:
+    """Let the children end; 1 if one of them failed after the last result, else 0."""
+    failed = [name for name, child in children.items() if child.wait(CHILD_EXIT_SECONDS) != 0]
+    if failed:
+        print(f"error: {', '.join(failed)} failed at the end of the run; the results are whole", file=sys.stderr)
+    return 1 if failed else 0
+
+
 def main() -> int:
     start = time.monotonic()
     arguments = parse_arguments()
     if "RANK" not in os.environ:
-        print(
-            "error: start with the DeepSpeed launcher: deepspeed --num_gpus N launch/run.py --config FILE",
-            file=sys.stderr,
-        )
+        print(f"error: this is not started by itself. {HOW_TO_START}", file=sys.stderr)
         return 2
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # Megatron-core says so at every import; nothing here uses its optimizers.
@@ -73,21 +89,23 @@ def main() -> int:
     me = ProcessId.of(f"worker rank {rank}")
     lifeline = Lifeline(run_id, me)
     lifeline.install_signal_handlers()
-    for launcher in launchers:
-        lifeline.watch(launcher)
+    watch_launch(lifeline, launchers, first_rank=rank - int(os.environ["LOCAL_RANK"]))
 
-    processes = [me]
     children: dict[str, subprocess.Popen] = {}
     try:
         run = load_config(arguments.config, arguments.set, arguments.input, arguments.output)
         if rank == 0:
             check_run(run, world_size)
+            if is_finished(run, arguments.overwrite):
+                print(f"{run.output} has every result already; --overwrite starts anew", flush=True)
+                lifeline.dismiss()
             children = start_children(run, run_id, arguments.overwrite, [*launchers, me])
     except UserError as error:
         if rank == 0:
             lifeline.fail(str(error), exit_code=2)
         time.sleep(CHILD_EXIT_SECONDS)  # rank 0 finds the same, says it and ends the run
         return 2
+    processes = [me]
     for name, child in children.items():
         lifeline.own(child.pid)
         processes.append(ProcessId.of(name, child.pid))
@@ -98,7 +116,7 @@ def main() -> int:
 
     timer = StartUpTimer({"imports": time.monotonic() - start})
     run_worker(run, run_id, lifeline, processes, timer)
-    return max((child.wait(CHILD_EXIT_SECONDS) for child in children.values()), default=0)
+    return wait_for(children)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
     python tools/make_tiny_model.py models/tiny
 
-The text is the docstrings of Python's own standard library, once as plain text and once as questions and
-answers, so that both completions and chats from the model read like text and often end by themselves. The
+The text is docstrings of Python's own standard library, as plain text and as questions and answers, so that both completions and chats from the model read like text and often end by themselves. The
 folder written is an ordinary Hugging Face one: config, generation config, safetensors, tokenizer, chat
 template. Seeds, data order and the number of steps are fixed: the same Python and torch on the same kind of
 CPU give the same weights.
@@ -20,7 +19,7 @@ import shutil
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,17 +41,56 @@ SYSTEM_PROMPT = "You answer questions about the Python standard library."
 
 MAX_LENGTH = 2048
 ROW_TOKENS = 256
-ROWS_PER_STEP = 8
-LONG_STEP_EVERY = 8  # one such step trains a single row of MAX_LENGTH, so that every position is learnt
-DEFAULT_STEPS = 150
+ROWS_PER_STEP = 4
+LONG_STEP_EVERY = 20  # one such step trains a single row of MAX_LENGTH, so that every position is learnt
+DEFAULT_STEPS = 180
 SEED = 0
-PEAK_LR = 4e-3
 
-# Tests, tools with a user interface, tables, and what is not on every machine.
-SKIPPED_PARTS = {
-    "test", "tests", "idle_test", "idlelib", "lib2to3", "distutils", "ensurepip", "tkinter", "turtledemo",
-    "encodings", "site-packages", "dist-packages", "__pycache__",
-}  # fmt: skip
+# Few enough modules that a model of this size learns them nearly by heart, and so writes whole sentences.
+MODULES = (
+    "bisect", "calendar", "collections", "contextlib", "copy", "csv", "dataclasses", "fnmatch", "fractions",
+    "functools", "glob", "heapq", "json", "operator", "queue", "random", "secrets", "shutil", "statistics",
+    "string", "tempfile", "textwrap", "threading", "uuid",
+)  # fmt: skip
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum steps made orthogonal by five Newton-Schulz iterations (Jordan et al., 2024), for 2-D parameters.
+
+    In float32 throughout: torch.optim.Muon iterates in bfloat16, which takes seconds a step on a CPU without
+    bfloat16 instructions. Matrices of one shape are worked on as one batch.
+    """
+
+    def __init__(self, parameters: Iterable[torch.Tensor], lr: float, momentum: float) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[torch.Tensor]] = {}
+            for parameter in group["params"]:
+                by_shape.setdefault(parameter.shape, []).append(parameter)
+            for parameters in by_shape.values():
+                gradients = torch.stack([parameter.grad for parameter in parameters])
+                state = self.state[parameters[0]]
+                velocity = state.setdefault("velocity", torch.zeros_like(gradients))
+                velocity.lerp_(gradients, 1 - group["momentum"])
+                updates = orthogonalize(gradients.lerp(velocity, group["momentum"]))
+                rows, columns = updates.shape[-2:]
+                updates *= group["lr"] * max(1.0, rows / columns) ** 0.5
+                for parameter, update in zip(parameters, updates):
+                    parameter -= update
+
+
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """Bring the singular values of a (batch, rows, columns) tensor near 1: each x to about 0.7 to 1.2."""
+    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if is_tall else x
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x.mT if is_tall else x
 
 
 class Doc(NamedTuple):
@@ -63,22 +101,23 @@ class Doc(NamedTuple):
     text: str
 
 
-def read_docstrings(root: Path) -> list[Doc]:
-    """The docstrings of the public modules, classes and functions under `root`, in order of path and line."""
+def read_docstrings(stdlib: Path, modules: Sequence[str] = MODULES) -> list[Doc]:
+    """The docstrings of what is public in `modules` of the folder `stdlib`, in order of module, path and line."""
     docs: list[Doc] = []
-    for path in sorted(root.rglob("*.py")):
-        parts = list(path.relative_to(root).with_suffix("").parts)
-        if SKIPPED_PARTS & set(parts):
-            continue
-        if parts[-1] == "__init__":
-            parts.pop()
-        if parts and all(part.isidentifier() and not part.startswith("_") for part in parts):
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-            docs.extend(_docs_of(tree, ".".join(parts), "module"))
+    for module in modules:
+        for path in sorted([*stdlib.glob(f"{module}.py"), *stdlib.glob(f"{module}/**/*.py")]):
+            parts = list(path.relative_to(stdlib).with_suffix("").parts)
+            if parts[-1] == "__init__":
+                parts.pop()
+            if not any(part.startswith("_") for part in parts):
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+                docs.extend(_docs_of(tree, ".".join(parts), "module"))
     return docs
 
 
-def _docs_of(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str, kind: str) -> Iterator[Doc]:
+def _docs_of(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str, kind: str
+) -> Iterator[Doc]:
     text = ast.get_docstring(node)
     if text:
         yield Doc(name, kind, text.strip())
@@ -99,11 +138,6 @@ def first_paragraphs(text: str, limit: int) -> str:
     return "\n\n".join(kept)[:limit]
 
 
-def plain_text(doc: Doc) -> str:
-    limit = 3000 if doc.kind == "module" else 500
-    return f"{doc.name}\n\n{first_paragraphs(doc.text, limit)}"
-
-
 QUESTIONS = {
     "module": ("What is the module {} for?", "What is in {}?", "Tell me about the {} module."),
     "class": ("What is {}?", "Describe the class {}.", "When would I use {}?"),
@@ -111,20 +145,36 @@ QUESTIONS = {
 }
 
 
-def chat_text(doc: Doc, index: int) -> str:
-    question = QUESTIONS[doc.kind][index % 3].format(doc.name)
-    system = f"{SYSTEM}{SYSTEM_PROMPT}{END}" if index % 4 == 0 else ""
-    return f"{system}{USER}{question}{END}{ASSISTANT}{first_paragraphs(doc.text, 300)}"
+class Example(NamedTuple):
+    """A training text in two parts: the loss counts only tokens of `completion`."""
+
+    prompt: str
+    completion: str
 
 
-def training_texts(docs: list[Doc]) -> list[str]:
-    """Every docstring as plain text and as a chat, shuffled; each from BEGIN to END."""
-    texts = [plain_text(doc) for doc in docs] + [chat_text(doc, i) for i, doc in enumerate(docs)]
-    random.Random(SEED).shuffle(texts)
-    return [f"{BEGIN}{text}{END}" for text in texts]
+def plain_example(doc: Doc) -> Example:
+    text = first_paragraphs(doc.text, 2000 if doc.kind == "module" else 300)
+    return Example(BEGIN, f"{doc.name}\n\n{text}{END}")
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def chat_examples(doc: Doc) -> list[Example]:
+    """Each way to ask about `doc`; one of them with the system prompt."""
+    systems = (f"{SYSTEM}{SYSTEM_PROMPT}{END}", "", "")
+    answer = first_paragraphs(doc.text, 300)
+    return [
+        Example(f"{BEGIN}{system}{USER}{question.format(doc.name)}{END}{ASSISTANT}", f"{answer}{END}")
+        for system, question in zip(systems, QUESTIONS[doc.kind])
+    ]
+
+
+def training_examples(docs: list[Doc]) -> list[Example]:
+    """Every docstring as plain text and as chats, shuffled."""
+    examples = [plain_example(doc) for doc in docs] + [chat for doc in docs for chat in chat_examples(doc)]
+    random.Random(SEED).shuffle(examples)
+    return examples
+
+
+def train_tokenizer(docs: list[Doc], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer that puts BEGIN before plain text, with the chat template attached."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -135,9 +185,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    for token in SPECIAL_TOKENS:
-        texts = [text.replace(token, "") for text in texts]
-    tokenizer.train_from_iterator(texts, trainer)
+    questions = [question.format(doc.name) for doc in docs for question in QUESTIONS[doc.kind]]
+    tokenizer.train_from_iterator([SYSTEM_PROMPT, *questions, *(doc.text for doc in docs)], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))]
     )
@@ -167,42 +216,72 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.06,  # about 1 / sqrt(hidden_size): from smaller weights, attention takes longer to form
     )
+
+
+def token_stream(examples: list[Example], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """All examples one after the other: (2, tokens) int64, token ids and labels (-100 where no loss counts)."""
+    prompts, completions = (
+        tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in map(list, zip(*examples))
+    )
+    token_ids: list[int] = []
+    labels: list[int] = []
+    for prompt, completion in zip(prompts, completions):
+        token_ids += prompt + completion
+        labels += [-100] * len(prompt) + completion
+    return torch.tensor([token_ids, labels])
 
 
 def training_rows(stream: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
-    """One (rows, tokens) int64 tensor a step, cut from `stream` one after the other, starting over at its end."""
-    stream = stream.repeat(1 + (MAX_LENGTH + 1) // len(stream))  # at least one whole step, for tiny texts
+    """One (2, rows, tokens) tensor a step, cut from `stream` one after the other, starting over at its end."""
+    stream = stream.repeat(1, 1 + MAX_LENGTH // stream.shape[1])  # one long row at least, however short the text
     position = 0
-    for step in range(steps):
-        rows, tokens = (1, MAX_LENGTH) if step % LONG_STEP_EVERY == LONG_STEP_EVERY - 1 else (ROWS_PER_STEP, ROW_TOKENS)
-        if position + rows * tokens > len(stream):
-            position = (position + rows * tokens) % ROW_TOKENS  # other cuts than in the pass before
-        yield stream[position : position + rows * tokens].view(rows, tokens)
-        position += rows * tokens
+    for step in range(1, steps + 1):
+        rows, tokens = (1, MAX_LENGTH) if step % LONG_STEP_EVERY == 0 else (ROWS_PER_STEP, ROW_TOKENS)
+        stop = position + rows * tokens
+        if stop > stream.shape[1]:
+            stream = stream.roll(-position, dims=1)  # the rest comes first: other cuts than in the pass before
+            position, stop = 0, rows * tokens
+        yield stream[:, position:stop].reshape(2, rows, tokens)
+        position = stop
+
+
+def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the decoder's matrices, which learns from fewer tokens; AdamW for embedding, LM head and norms."""
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
+    others = [p for name, p in model.named_parameters() if p.dim() < 2 or ".layers." not in name]
+    return [
+        Muon(matrices, lr=0.03, momentum=0.95),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0),
+    ]
+
+
+def learning_rate_scale(step: int, steps: int) -> float:
+    """A short linear rise, then a cosine from 1 down to 0.02."""
+    rise = (step + 1) / max(1, steps // 30)
+    return min(rise, 0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, step / steps))))
 
 
 def train_model(config: LlamaConfig, stream: torch.Tensor, steps: int) -> tuple[LlamaForCausalLM, float]:
-    """Train a float32 model on `stream` (token ids, int64) for `steps`; returns it and its mean loss at the end."""
+    """Train a float32 model on `stream` for `steps`; returns it and a running mean of its loss at the end."""
     torch.manual_seed(SEED)
     model = LlamaForCausalLM(config).train()
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95))
-    warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.02 + 0.49 * (1 + math.cos(math.pi * min(1.0, step / steps)))),
-    )
+    optimizers = make_optimizers(model)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_scale(step, steps))
+        for optimizer in optimizers
+    ]
     started, loss_mean = time.monotonic(), 0.0
-    for step, rows in enumerate(training_rows(stream, steps)):
-        loss = model(input_ids=rows, labels=rows, use_cache=False).loss
+    for step, (token_ids, labels) in enumerate(training_rows(stream, steps)):
+        loss = model(input_ids=token_ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for schedule in schedules:
+            schedule.step()
         loss_mean = loss.item() if step == 0 else 0.9 * loss_mean + 0.1 * loss.item()
         if step % 20 == 19 or step == steps - 1:
             print(f"step {step + 1}/{steps}  loss {loss_mean:.2f}  {time.monotonic() - started:.0f} s", flush=True)
@@ -231,10 +310,9 @@ def make_tiny_model(out: Path, docs: list[Doc], vocab_size: int = 4096, steps: i
     """Train on `docs` and write the folder `out`, which must not exist; returns the final mean loss."""
     if out.exists():
         raise FileExistsError(f"out={str(out)!r}: exists already; remove it to train anew")
-    texts = training_texts(docs)
-    tokenizer = train_tokenizer(texts, vocab_size)
-    stream = torch.tensor([i for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in ids])
-    print(f"{len(docs)} docstrings, {len(stream)} tokens, {sum(map(len, texts)) / len(stream):.2f} characters a token")
+    tokenizer = train_tokenizer(docs, vocab_size)
+    stream = token_stream(training_examples(docs), tokenizer)
+    print(f"{len(docs)} docstrings, {stream.shape[1]} tokens, a vocabulary of {len(tokenizer)}")
     model, loss = train_model(model_config(tokenizer), stream, steps)
     save_model(out, model, tokenizer)
     return loss

@@ -15,13 +15,13 @@ import msgspec
 import zmq
 
 from seesaw_ds.batch.job import BatchJob, count_requests
-from seesaw_ds.batch.manifest import describe_run
 from seesaw_ds.batch.results import open_results
 from seesaw_ds.batch.text import load_codec
-from seesaw_ds.config import dtype_name, max_model_len
+from seesaw_ds.config import max_model_len
 from seesaw_ds.engine import addresses
 from seesaw_ds.engine import messages as wire
 from seesaw_ds.engine.lifeline import Lifeline
+from seesaw_ds.engine.preflight import run_manifest
 from seesaw_ds.engine.process_id import ProcessId
 from seesaw_ds.engine.process_spec import ProcessSpec, read_spec
 from seesaw_ds.errors import UserError
@@ -45,21 +45,13 @@ class Frontend:
         self._layouts = run.layout_pair
         shape = model_shape(read_hf_config(run.model))
         longest = max_model_len(run, shape)
-        manifest = describe_run(
-            Path(run.input),
-            run.model,
-            load_format=run.load_format,
-            dtype=dtype_name(run, shape),
-            max_model_len=longest,
-            seed=run.seed,
-        )
-        self._journal = open_results(Path(run.output), manifest, overwrite=spec.overwrite)
+        self._journal = open_results(Path(run.output), run_manifest(run), overwrite=spec.overwrite)
         self._metrics = RunMetrics(run.model, str(self._layouts), self._layouts.dp, time.monotonic())
         self._metrics.num_resumed = self._journal.num_done
         self._metrics.num_total = count_requests(Path(run.input))
         self._timeline = None
         if run.timeline is not None:
-            self._timeline = TimelineWriter(Path(run.timeline), self._layouts.replica_size)
+            self._timeline = _open_timeline(run.timeline, self._layouts.replica_size)
         self._job = BatchJob(
             Path(run.input),
             self._journal,
@@ -172,6 +164,13 @@ class Frontend:
 
     def _send(self, replica: int, message: wire.SchedulerRequest) -> None:
         self._schedulers.send_multipart([str(replica).encode(), self._encoder.encode(message)])
+
+
+def _open_timeline(path: str, replica_size: int) -> TimelineWriter:
+    try:
+        return TimelineWriter(Path(path), replica_size)
+    except OSError as error:
+        raise UserError(f"timeline={path!r}: cannot be written ({error.strerror}); give another path") from None
 
 
 def main() -> None:

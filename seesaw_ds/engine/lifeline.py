@@ -33,6 +33,8 @@ POLL_SECONDS = 0.25
 STAY_SECONDS = 1.5
 # ... and waits this long for the processes it watches, then kills them.
 PATIENCE_SECONDS = 5.0
+# Ranks that are dismissed may still be starting their interpreter.
+DISMISSAL_SECONDS = 20.0
 
 _KEPT = "Finished results are kept: run the same command again to complete it."
 
@@ -48,6 +50,7 @@ class Lifeline:
         if not 0 < len(run_id.encode()) <= 80:
             raise ValueError(f"run_id={run_id!r}: a run id has 1 to 80 bytes, for it is part of a socket name")
         self._address = f"\0seesaw-{run_id}-obituary"
+        self._dismissal_address = f"\0seesaw-{run_id}-dismissal"
         self._me = me
         self._lock = threading.Lock()
         self._watched: dict[ProcessId, None] = {}  # a dict for its order: the first dead one is named
@@ -92,6 +95,15 @@ class Lifeline:
         """
         self._end(f"{details.rstrip()}\nerror: {message}".lstrip(), exit_code)
 
+    def dismiss(self) -> NoReturn:
+        """End the run in good order before it has begun: every process exits with code 0, this one last."""
+        self.stop()
+        # Others read the dismissal from the socket's name; it is there until this process ends.
+        dismissal = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        dismissal.bind(self._dismissal_address)
+        self._outlive(DISMISSAL_SECONDS)
+        os._exit(0)
+
     def install_signal_handlers(self) -> None:
         """End on SIGTERM and SIGINT with exit code 128 + signal number, without a traceback. Main thread only.
 
@@ -115,12 +127,14 @@ class Lifeline:
                 return
             if signal.SIGINT in signals:
                 self._end("interrupted; finished results are kept", 128 + signal.SIGINT)
+            if _is_bound(self._dismissal_address):
+                os._exit(0)
             dead = self._first_dead()
             if dead is not None:
                 self._end(f"error: {dead} died; stopping the run. {_KEPT}", 1)
             if signal.SIGTERM in signals:
                 self._end(None, 128 + signal.SIGTERM)
-            if self._is_claimed():
+            if _is_bound(self._address):
                 self._end(None, 1)
 
     def _wait_for_signals(self) -> bytes:
@@ -143,7 +157,8 @@ class Lifeline:
         for child in tuple(self._owned.values()):
             child.kill()
         if claim is not None:
-            self._outstay_others()
+            time.sleep(STAY_SECONDS)
+            self._outlive(PATIENCE_SECONDS - STAY_SECONDS)
         os._exit(exit_code)
 
     def _claim(self) -> socket.socket | None:
@@ -157,22 +172,22 @@ class Lifeline:
                 return None
         return claim
 
-    def _is_claimed(self) -> bool:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-            return probe.connect_ex(self._address) == 0
-
-    def _outstay_others(self) -> None:
+    def _outlive(self, patience_seconds: float) -> None:
+        """Wait for the watched processes to end, then kill those that are left."""
         with self._lock:
             # The launcher leaves after its ranks, this process among them: it is not waited for.
             others = [process for process in self._watched if process.name not in LAUNCHER_NAMES]
-        start = time.monotonic()
-        while (elapsed := time.monotonic() - start) < PATIENCE_SECONDS:
-            others = [process for process in others if process.is_alive()]
-            if not others and elapsed >= STAY_SECONDS:
-                return
+        deadline = time.monotonic() + patience_seconds
+        while others and time.monotonic() < deadline:
             time.sleep(0.05)
+            others = [process for process in others if process.is_alive()]
         for process in others:
             process.kill()
+
+
+def _is_bound(address: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        return probe.connect_ex(address) == 0
 
 
 def _print_to_stderr(words: str) -> None:

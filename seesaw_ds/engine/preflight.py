@@ -8,8 +8,10 @@ from typing import Any
 
 import yaml
 
+from seesaw_ds.batch.job import count_requests
 from seesaw_ds.batch.journal import ResultJournal
-from seesaw_ds.config import RunConfig, check_fit, parse_config
+from seesaw_ds.batch.manifest import Manifest, check_or_create, describe_run, manifest_path
+from seesaw_ds.config import RunConfig, check_fit, dtype_name, max_model_len, parse_config
 from seesaw_ds.errors import UserError
 from seesaw_ds.model.checkpoint import check_checkpoint
 from seesaw_ds.plan.memory import size_pools
@@ -33,7 +35,10 @@ def load_config(path: str, settings: Sequence[str], input_path: str | None, outp
         key, separator, value = setting.partition("=")
         if not separator:
             raise UserError(f"--set {setting}: must be key=value")
-        values[key.strip()] = yaml.safe_load(value)
+        try:
+            values[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set {setting}: the value is not YAML; quote text with special characters") from None
     if input_path is not None:
         values["input"] = input_path
     if output_path is not None:
@@ -53,4 +58,30 @@ def check_run(run: RunConfig, world_size: int) -> None:
         raise UserError(f"input={run.input!r}: cannot be read ({error.strerror})") from None
     if run.load_format == "auto":
         check_checkpoint(run.model, shape)
-    ResultJournal(Path(run.output)).close()
+
+
+def run_manifest(run: RunConfig) -> Manifest:
+    """What the results of `run` depend on. Reads the whole input."""
+    shape = model_shape(read_hf_config(run.model))
+    return describe_run(
+        Path(run.input),
+        run.model,
+        load_format=run.load_format,
+        dtype=dtype_name(run, shape),
+        max_model_len=max_model_len(run, shape),
+        seed=run.seed,
+    )
+
+
+def is_finished(run: RunConfig, overwrite: bool) -> bool:
+    """Whether an earlier run has left a result for every line of the input, so that there is nothing to do.
+
+    Raises UserError when the results cannot be written, or are not to be continued by `run`.
+    """
+    with ResultJournal(Path(run.output)) as journal:
+        if overwrite or journal.is_empty:
+            return False
+        check_or_create(manifest_path(journal.path), run_manifest(run), has_results=True)
+        journal.resume()
+        # Every line has one record of its own, and the manifest says that they are this input's lines.
+        return journal.num_done == count_requests(Path(run.input))

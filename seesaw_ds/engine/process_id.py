@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -80,6 +81,34 @@ def launcher_ancestors() -> list[ProcessId]:
         if stat is not None and name is not None:
             found.append(ProcessId(name=name, pid=pid, create_time=stat.create_time))
     return found
+
+
+def missing_launcher(launchers: Iterable[ProcessId]) -> str | None:
+    """What to call the launcher's process that `launcher_ancestors` should have found and did not; None if all are there.
+
+    Processes whose parent dies get another one, so a launcher that died before this process looked is not among its
+    ancestors. Only the node's launcher is expected where the command was given on another node.
+    """
+    found = {process.name: process for process in launchers}
+    if LAUNCH_NAME not in found:
+        return LAUNCH_NAME
+    from_another_node = any(item.startswith("--node_rank") for item in _command_line(found[LAUNCH_NAME].pid))
+    return None if RUNNER_NAME in found or from_another_node else RUNNER_NAME
+
+
+def ranks_of(launcher: ProcessId, first_rank: int) -> list[ProcessId]:
+    """The ranks that the node's launcher has started, in order; `first_rank` is the lowest rank of this node.
+
+    Ended ones are among them until the launcher notices.
+    """
+    pids = [int(entry) for entry in os.listdir("/proc") if entry.isdecimal()]
+    children = [
+        (stat.create_time, pid) for pid in pids if (stat := _read_stat(pid)) and stat.parent_pid == launcher.pid
+    ]
+    return [
+        ProcessId(f"worker rank {rank}", pid, create_time)
+        for rank, (create_time, pid) in enumerate(sorted(children), start=first_rank)
+    ]
 
 
 def _command_line(pid: int) -> list[str]:

@@ -25,6 +25,8 @@ from seesaw_ds.sched.scheduler import Scheduler
 
 PROGRESS_SECONDS = 0.2
 POLL_MILLISECONDS = 1000
+# Longest wait for the workers' goodbyes; nobody watches this process any more.
+GOODBYE_SECONDS = 15.0
 
 
 class SchedulerProcess:
@@ -53,7 +55,7 @@ class SchedulerProcess:
         self._from_frontend = msgspec.msgpack.Decoder(wire.SchedulerRequest)
         self._core: EngineCore | None = None
         self._is_waiting_for_input = False
-        self._is_finishing = False
+        self._finish_deadline: float | None = None
         self._phase = Phase.PREFILL
         self._switch_start = 0.0
         self._switch_bytes = 0
@@ -68,8 +70,10 @@ class SchedulerProcess:
         poller.register(self._frontend, zmq.POLLIN)
         while self._workers_gone < len(self._commands):
             self._receive(poller)
-            if not self._is_finishing:
+            if self._finish_deadline is None:
                 self._work()
+            elif time.monotonic() > self._finish_deadline:
+                break
         self._to_frontend(wire.SchedulerBye())
         self._context.destroy(linger=5000)
 
@@ -130,7 +134,7 @@ class SchedulerProcess:
             for seq_id in message.seq_ids:
                 core.abort(seq_id)
         else:
-            self._is_finishing = True
+            self._finish_deadline = time.monotonic() + GOODBYE_SECONDS
             self._lifeline.stop()
             self._send_progress()
             self._to_workers(wire.Stop())

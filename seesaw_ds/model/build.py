@@ -9,6 +9,7 @@ import torch
 from seesaw_ds.layout import LayoutPair, Phase
 from seesaw_ds.model.decoder import DecoderLayer, DecoderStage
 from seesaw_ds.model.layers import RMSNorm, bind, padded_vocab_size
+from seesaw_ds.model.ops.interface import LayerOps
 from seesaw_ds.model.weights import WeightSource, norm_names, vocab_shard
 from seesaw_ds.parallel.groups import ParallelState
 from seesaw_ds.reshard.arena import WeightArena
@@ -47,11 +48,12 @@ def build_stages(
     arena: WeightArena,
     replica_rank: int,
     source: WeightSource,
+    ops: LayerOps,
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[Phase, DecoderStage]:
     """The stage that this rank runs in each phase. With a static layout both are the same object."""
-    norms = {name: RMSNorm(source.norm(name).to(device), shape.rms_norm_eps) for name in norm_names(shape)}
+    norms = {name: RMSNorm(source.norm(name).to(device), shape.rms_norm_eps, ops) for name in norm_names(shape)}
     stages: dict[Phase, DecoderStage] = {}
     for phase in Phase:
         if layouts.is_static and stages:
@@ -60,7 +62,7 @@ def build_stages(
         groups = state.activate(phase)
         shard = groups.layout.shard(replica_rank, shape.num_layers, shape.num_kv_heads)
         num_cells = plan.cells_per_rank(phase)
-        stage = DecoderStage(shape, groups, shard.layers, num_cells, norms, dtype)
+        stage = DecoderStage(shape, groups, shard.layers, num_cells, norms, ops, dtype)
         first_slots = [plan.first_slot(phase, replica_rank, layer) for layer in shard.layers.indices()]
         _bind_layers(stage, arena, first_slots, num_cells)
         _bind_vocabulary(stage, shape, source, device)

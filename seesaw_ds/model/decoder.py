@@ -1,32 +1,21 @@
 """One pipeline stage of a Llama-family decoder, in one phase's layout.
 
-Shape letters: N tokens of the batch, R rows that need logits, H local query heads, K local KV heads, G query heads
-per KV head, D head dim, M hidden size, F local FFN size, C cells that this rank owns of a layer, V vocabulary.
+Shape letters: N tokens of the batch, R rows that need logits, H local query heads, K local KV heads, D head dim,
+M hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from seesaw_ds.layout import Range
 from seesaw_ds.model.attention.interface import AttentionBackend
 from seesaw_ds.model.layers import ColumnLinear, RMSNorm, RowLinear, VocabEmbedding, padded_vocab_size
-from seesaw_ds.model.rope import RotaryTables
+from seesaw_ds.model.ops.interface import LayerOps, TokenPlaces
 from seesaw_ds.parallel.groups import PhaseGroups
 from seesaw_ds.parallel.links import gather_last_dim
 from seesaw_ds.shapes import ModelShape
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """cos and sin (N, D) of a step's tokens."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
 
 
 class DecoderLayer(nn.Module):
@@ -37,13 +26,18 @@ class DecoderLayer(nn.Module):
     """
 
     def __init__(
-        self, shape: ModelShape, groups: PhaseGroups, num_cells: int, norms: tuple[RMSNorm, RMSNorm], dtype: torch.dtype
+        self,
+        shape: ModelShape,
+        groups: PhaseGroups,
+        num_cells: int,
+        norms: tuple[RMSNorm, RMSNorm],
+        ops: LayerOps,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.num_local_kv_heads = shape.num_kv_heads // groups.layout.tp
-        self.queries_per_kv_head = shape.queries_per_kv_head
-        self.head_dim = shape.head_dim
-        self.num_cells = num_cells
+        self._ops = ops
+        self._qkv_shape = (shape.num_kv_heads // groups.layout.tp, shape.queries_per_kv_head + 2, shape.head_dim)
+        self._num_cells = num_cells
         qkv_size = shape.num_kv_heads * (shape.queries_per_kv_head + 2) * shape.head_dim
         self.input_norm, self.post_attention_norm = norms
         self.qkv = ColumnLinear(shape.hidden_size, qkv_size, groups.tp, dtype)
@@ -52,29 +46,30 @@ class DecoderLayer(nn.Module):
         self.down = RowLinear(shape.intermediate_size, shape.hidden_size, groups.tp, dtype)
 
     def forward(
-        self, hidden_NM: torch.Tensor, rotation: Rotation, attention: AttentionBackend, kv_cache: torch.Tensor
-    ) -> torch.Tensor:
-        hidden_NM = hidden_NM + self._attend(self.input_norm(hidden_NM), rotation, attention, kv_cache)
-        return hidden_NM + self._feed_forward(self.post_attention_norm(hidden_NM))
+        self,
+        x_NM: torch.Tensor,
+        residual_NM: torch.Tensor | None,
+        places: TokenPlaces,
+        attention: AttentionBackend,
+        kv_cache: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x, residual) to (x, residual): the hidden state is their sum, which the next norm adds up as it reads them."""
+        x_NM, residual_NM = self.input_norm(x_NM, residual_NM)
+        x_NM = self._attend(x_NM, places, attention, kv_cache)
+        x_NM, residual_NM = self.post_attention_norm(x_NM, residual_NM)
+        return self._feed_forward(x_NM), residual_NM
 
     def _attend(
-        self, x_NM: torch.Tensor, rotation: Rotation, attention: AttentionBackend, kv_cache: torch.Tensor
+        self, x_NM: torch.Tensor, places: TokenPlaces, attention: AttentionBackend, kv_cache: torch.Tensor
     ) -> torch.Tensor:
-        num_tokens = x_NM.shape[0]
         qkv, _ = self.qkv(x_NM)
-        qkv = qkv.view(num_tokens, self.num_local_kv_heads, self.queries_per_kv_head + 2, self.head_dim)
-        q_NHD = qkv[:, :, : self.queries_per_kv_head].reshape(num_tokens, -1, self.head_dim)
-        q_NHD = RotaryTables.apply(q_NHD, rotation.cos, rotation.sin)
-        k_NKD = RotaryTables.apply(qkv[:, :, -2], rotation.cos, rotation.sin)
-        out_NHD = attention.forward(q_NHD, k_NKD, qkv[:, :, -1], kv_cache)
-        out, _ = self.o(out_NHD.reshape(num_tokens, -1))
+        q_NHD = self._ops.rotate_and_store(qkv.view(-1, *self._qkv_shape), places, kv_cache)
+        out, _ = self.o(attention.forward(q_NHD, kv_cache).flatten(1))
         return out
 
     def _feed_forward(self, x_NM: torch.Tensor) -> torch.Tensor:
         gate_up, _ = self.gate_up(x_NM)
-        gate_up = gate_up.view(x_NM.shape[0], self.num_cells, 2, -1)
-        x_NF = (F.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]).reshape(x_NM.shape[0], -1)
-        out, _ = self.down(x_NF)
+        out, _ = self.down(self._ops.silu_and_mul(gate_up.view(x_NM.shape[0], self._num_cells, 2, -1)))
         return out
 
 
@@ -88,6 +83,7 @@ class DecoderStage(nn.Module):
         layers: Range,
         num_cells: int,
         norms: dict[str, RMSNorm],
+        ops: LayerOps,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
@@ -95,7 +91,7 @@ class DecoderStage(nn.Module):
         self.vocab_size = shape.vocab_size
         self.layer_range = layers
         self.layers = nn.ModuleList(
-            DecoderLayer(shape, groups, num_cells, (norms[f"input.{i}"], norms[f"post_attention.{i}"]), dtype)
+            DecoderLayer(shape, groups, num_cells, (norms[f"input.{i}"], norms[f"post_attention.{i}"]), ops, dtype)
             for i in layers.indices()
         )
         vocab_size = padded_vocab_size(shape.vocab_size, groups.layout.tp)
@@ -114,15 +110,22 @@ class DecoderStage(nn.Module):
         return self.embedding(token_ids_N)
 
     def forward(
-        self, hidden_NM: torch.Tensor, rotation: Rotation, attention: AttentionBackend, kv_caches: list[torch.Tensor]
+        self,
+        hidden_NM: torch.Tensor,
+        places: TokenPlaces,
+        attention: AttentionBackend,
+        kv_caches: list[torch.Tensor],
     ) -> torch.Tensor:
         """Run the stage's layers; `kv_caches` are their (blocks, 2, K, block size, D) views, in order."""
+        x_NM: torch.Tensor = hidden_NM
+        residual_NM: torch.Tensor | None = None
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            hidden_NM = layer(hidden_NM, rotation, attention, kv_cache)
-        return hidden_NM
+            x_NM, residual_NM = layer(x_NM, residual_NM, places, attention, kv_cache)
+        return x_NM if residual_NM is None else x_NM + residual_NM
 
     def logits(self, hidden_RM: torch.Tensor) -> torch.Tensor:
         """Logits (R, V) of the given rows, the same on every rank of the stage; last stage only."""
         assert self.norm is not None and self.head is not None
-        local, _ = self.head(self.norm(hidden_RM))
+        x_RM, _ = self.norm(hidden_RM, None)
+        local, _ = self.head(x_RM)
         return gather_last_dim(local, self.groups.tp)[:, : self.vocab_size]

@@ -13,6 +13,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from seesaw_ds.model.ops.interface import LayerOps
+
 
 def _config(group: ProcessGroup, dtype: torch.dtype) -> ModelParallelConfig:
     return ModelParallelConfig(
@@ -79,17 +81,19 @@ class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
 
 
 class RMSNorm(nn.Module):
-    """``x / rms(x) * weight``, the mean square taken in float32 as transformers' LlamaRMSNorm does."""
+    """``x / rms(x) * weight``, of x alone or of x with the residual stream added."""
 
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+    def __init__(self, weight: torch.Tensor, eps: float, ops: LayerOps) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.eps = eps
+        self._eps = eps
+        self._ops = ops
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+    def forward(self, x_NM: torch.Tensor, residual_NM: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm, residual): with no residual yet, x itself becomes it."""
+        if residual_NM is None:
+            return self._ops.rms_norm(x_NM, self.weight, self._eps), x_NM
+        return self._ops.add_rms_norm(x_NM, residual_NM, self.weight, self._eps)
 
 
 def bind(layer: ColumnLinear | RowLinear | VocabEmbedding, weight: torch.Tensor) -> None:

@@ -7,8 +7,10 @@ there is nothing to order: a stream or event is None, and the functions here tak
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 
@@ -56,3 +58,9 @@ def wait_event(event: Event | None) -> None:
     """Make what the current stream gets from now on wait for `event`."""
     if event is not None:
         event.wait()
+
+
+def to_device(values: Sequence[int] | np.ndarray, device: torch.device) -> torch.Tensor:
+    """Host integers as a device tensor of their dtype (int64 for a sequence); the copy is queued on the current stream."""
+    tensor = torch.from_numpy(np.asarray(values))
+    return tensor.pin_memory().to(device, non_blocking=True) if is_cuda(device) else tensor

@@ -8,7 +8,6 @@ from torch.distributed import ProcessGroup, Work
 
 from seesaw_ds.parallel.groups import PhaseGroups
 
-
 # torch 2.13 renamed it and warns of the old name, which is all that 2.10 to 2.12 have.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 

@@ -64,11 +64,11 @@ def expected_peak(residents: Iterable[Resident], block_size: int, mean_tokens: f
     Rounding to whole blocks is left out, but together they add no more blocks than each may.
     """
     longest_first = sorted(residents, key=lambda resident: resident.num_remaining_tokens, reverse=True)
-    ends = [resident.num_remaining_tokens for resident in longest_first[1:]]
+    next_ends = [*(resident.num_remaining_tokens for resident in longest_first[1:]), 0]
     peak = 0.0
     num_held = 0
     num_growth = 0
-    for k, (resident, next_end) in enumerate(zip(longest_first, [*ends, 0], strict=True), start=1):
+    for k, (resident, next_end) in enumerate(zip(longest_first, next_ends, strict=False), start=1):
         num_held += resident.num_held_blocks
         num_growth += resident.num_growth_blocks
         best = mean_tokens - num_held * block_size / k

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from seesaw_ds.kv.device_pool import DeviceKVPool
 from seesaw_ds.model.attention.interface import AttentionBackend, AttentionBatch
-from seesaw_ds.model.decoder import DecoderStage, Rotation
+from seesaw_ds.model.decoder import DecoderStage
+from seesaw_ds.model.ops.interface import TokenPlaces
 from seesaw_ds.model.rope import RotaryTables
 from seesaw_ds.model.sampler import sample
 from seesaw_ds.model.sampling_output import SampledTokens
 from seesaw_ds.model.sampling_state import SamplingState
+from seesaw_ds.parallel.device import to_device
 from seesaw_ds.parallel.links import PipelineLink
 from seesaw_ds.requests import SequenceRequest
 from seesaw_ds.sched.output import PrefillBatch
@@ -40,20 +43,34 @@ class PrefillRunner:
         """Compute `batch`; on the last stage return the first tokens of its prompts that end in it, else None."""
         groups = self._stage.groups
         prompts = [requests[chunk.seq_id].prompt_token_ids for chunk in batch.chunks]
-        positions = self._positions(batch)
-        prompt_lens = torch.tensor([len(prompt) for prompt in prompts], device=self._device)
-        query_lens = torch.tensor([chunk.num_tokens for chunk in batch.chunks], device=self._device)
-        rotation = Rotation(*self._rotary.cos_sin(positions, prompt_lens.repeat_interleave(query_lens)))
-        self._attention.plan(self._attention_batch(batch, positions))
+        places = self._plan(batch, prompts)
         if groups.is_first_stage:
             hidden = self._stage.embed(self._token_ids(batch, prompts))
         else:
-            hidden = self._link.recv_hidden(positions.shape[0])
-        hidden = self._stage(hidden, rotation, self._attention, self._kv_caches)
+            hidden = self._link.recv_hidden(places.write_blocks.shape[0])
+        hidden = self._stage(hidden, places, self._attention, self._kv_caches)
         if not groups.is_last_stage:
             self._link.send_hidden(hidden)
             return None
         return self._sample(batch, hidden, requests)
+
+    def _plan(self, batch: PrefillBatch, prompts: list[tuple[int, ...]]) -> TokenPlaces:
+        """Plan the batch's attention; where its tokens stand."""
+        chunks = batch.chunks
+        query_lens = np.array([chunk.num_tokens for chunk in chunks], dtype=np.int32)
+        tables = np.zeros((len(chunks), max(len(chunk.block_ids) for chunk in chunks)), dtype=np.int32)
+        for row, chunk in enumerate(chunks):
+            tables[row, : len(chunk.block_ids)] = chunk.block_ids
+        kv_lens = np.array([chunk.start for chunk in chunks], dtype=np.int32) + query_lens
+        self._attention.plan(AttentionBatch(query_lens, kv_lens, tables))
+
+        positions = np.concatenate([np.arange(c.start, c.start + c.num_tokens) for c in chunks])
+        rows = np.repeat(np.arange(len(chunks)), query_lens)
+        context_lens = np.array([len(prompt) for prompt in prompts])[rows]
+        blocks = tables[rows, positions // self._block_size]
+        places = np.stack((positions, context_lens, blocks, positions % self._block_size))
+        positions_, context_lens_, write_blocks, write_offsets = to_device(places, self._device).unbind()
+        return TokenPlaces(*self._rotary.cos_sin(positions_, context_lens_), write_blocks, write_offsets)
 
     def _token_ids(self, batch: PrefillBatch, prompts: list[tuple[int, ...]]) -> torch.Tensor:
         token_ids = [
@@ -61,27 +78,7 @@ class PrefillRunner:
             for chunk, prompt in zip(batch.chunks, prompts, strict=True)
             for token in prompt[chunk.start : chunk.start + chunk.num_tokens]
         ]
-        return torch.tensor(token_ids, device=self._device)
-
-    def _positions(self, batch: PrefillBatch) -> torch.Tensor:
-        return torch.cat([torch.arange(c.start, c.start + c.num_tokens) for c in batch.chunks]).to(self._device)
-
-    def _attention_batch(self, batch: PrefillBatch, positions: torch.Tensor) -> AttentionBatch:
-        chunks = batch.chunks
-        width = max(len(chunk.block_ids) for chunk in chunks)
-        padded = [[*chunk.block_ids, *[0] * (width - len(chunk.block_ids))] for chunk in chunks]
-        tables = torch.tensor(padded, device=self._device)
-        query_lens = [chunk.num_tokens for chunk in chunks]
-        rows = torch.arange(len(chunks), device=self._device).repeat_interleave(
-            torch.tensor(query_lens, device=self._device)
-        )
-        return AttentionBatch(
-            query_lens=query_lens,
-            kv_lens=[chunk.start + chunk.num_tokens for chunk in chunks],
-            block_tables=tables,
-            write_blocks=tables[rows, positions // self._block_size],
-            write_offsets=positions % self._block_size,
-        )
+        return to_device(token_ids, self._device)
 
     def _sample(
         self, batch: PrefillBatch, hidden: torch.Tensor, requests: dict[int, SequenceRequest]
@@ -94,7 +91,7 @@ class PrefillRunner:
                 last_rows.append(end - 1)
         if not ends:
             return None
-        logits = self._stage.logits(hidden[torch.tensor(last_rows, device=self._device)])
+        logits = self._stage.logits(hidden[to_device(last_rows, self._device)])
         state = SamplingState(len(ends), logits.shape[1], self._device)
         for slot, request in enumerate(ends):
             state.set_slot(

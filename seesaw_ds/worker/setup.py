@@ -19,7 +19,7 @@ from seesaw_ds.kv.device_pool import DeviceKVPool
 from seesaw_ds.kv.host_pool import HostKVPool
 from seesaw_ds.kv.layout import HostBlockLayout
 from seesaw_ds.layout import Phase
-from seesaw_ds.model.attention.torch_backend import TorchAttention
+from seesaw_ds.model.backends import choose_backends
 from seesaw_ds.model.build import build_stages, load_arena
 from seesaw_ds.model.checkpoint import check_checkpoint
 from seesaw_ds.model.decoder import DecoderStage
@@ -27,6 +27,7 @@ from seesaw_ds.model.rope import RotaryTables
 from seesaw_ds.model.weights import DummySource, SafetensorsSource, WeightSource, cell_tensors
 from seesaw_ds.parallel import device as devices
 from seesaw_ds.parallel.groups import ParallelState
+from seesaw_ds.parallel.links import PipelineLink
 from seesaw_ds.parallel.shared_memory import NodeSharedMapping
 from seesaw_ds.plan.memory import PoolSizes, blocks_for, size_pools
 from seesaw_ds.reshard.arena import WeightArena
@@ -35,8 +36,8 @@ from seesaw_ds.reshard.host import HostReshard, HostWeights
 from seesaw_ds.reshard.plan import WeightReshard, plan_reshard
 from seesaw_ds.shapes import DTYPE_BYTES, ModelShape, model_shape, read_hf_config
 from seesaw_ds.worker.decode import DecodeRunner
+from seesaw_ds.worker.graphs import EagerExecutor, GraphExecutor
 from seesaw_ds.worker.prefill import PrefillRunner
-from seesaw_ds.parallel.links import PipelineLink
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,9 @@ def build_engine(run: RunConfig, timer: StartUpTimer) -> Engine:
     replica_rank = dist.get_rank() - state.replica_ranks[0]
     plan = plan_reshard(layouts, shape.num_layers)
     pieces = cell_tensors(shape, layouts.cells_per_layer)
+    backends = choose_backends(
+        shape, layouts, run.kv_block_size, run.max_num_seqs, pool_sizes.num_gpu_blocks, dtype, device
+    )
     with timer.part("weights"):
         arena = WeightArena(pieces, plan.num_slots[replica_rank], dtype, device)
         source = _source(run, shape, dtype, device)
@@ -115,7 +119,7 @@ def build_engine(run: RunConfig, timer: StartUpTimer) -> Engine:
             mapping = _share(f"weights-{state.replica_ranks[0]}", num_bytes, replica_rank, device)
             host_weights = HostWeights(mapping, pieces, shape.num_layers, layouts.cells_per_layer, dtype)
         load_arena(arena, plan, replica_rank, source, host_weights, _log_progress)
-        stages = build_stages(shape, layouts, state, plan, arena, replica_rank, source, dtype, device)
+        stages = build_stages(shape, layouts, state, plan, arena, replica_rank, source, backends.ops, dtype, device)
         dist.barrier(group=state.replica)
     if host_weights is not None:
         reshard: WeightReshard = HostReshard(plan, arena, host_weights, replica_rank)
@@ -140,13 +144,13 @@ def build_engine(run: RunConfig, timer: StartUpTimer) -> Engine:
             )
             for phase, num_blocks in (
                 (Phase.PREFILL, pool_sizes.num_prefill_blocks),
-                (Phase.DECODE, pool_sizes.num_gpu_blocks),
+                (Phase.DECODE, pool_sizes.num_gpu_blocks + 1),  # one for DecodeRunner's padding
             )
         }
     longest = max_model_len(run, shape)
     rotary = RotaryTables(LlamaConfig(**hf_config), device, dtype, longest)
     links = tuple(PipelineLink(state[phase], shape.hidden_size, dtype, device) for phase in Phase)
-    attention = TorchAttention()
+    executor = GraphExecutor(run.max_num_seqs) if backends.has_graphs else EagerExecutor()
     return Engine(
         state=state,
         stages=stages,
@@ -155,15 +159,19 @@ def build_engine(run: RunConfig, timer: StartUpTimer) -> Engine:
         prefill_pool=pools[Phase.PREFILL],
         decode_pool=pools[Phase.DECODE],
         host_pool=host_pool,
-        prefill=PrefillRunner(stages[Phase.PREFILL], links[0], rotary, attention, pools[Phase.PREFILL], device),
+        prefill=PrefillRunner(
+            stages[Phase.PREFILL], links[0], rotary, backends.attention[Phase.PREFILL], pools[Phase.PREFILL], device
+        ),
         decode=DecodeRunner(
             stages[Phase.DECODE],
             links[1],
             rotary,
-            attention,
+            backends.attention[Phase.DECODE],
+            executor,
             pools[Phase.DECODE],
             run.max_num_seqs,
             blocks_for(longest, run.kv_block_size),
+            shape.hidden_size,
             device,
         ),
         links=links,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 
 from hypothesis import HealthCheck, given, settings
@@ -13,7 +12,7 @@ from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.sched.output import SchedulerLimits, SequenceSpec
 from seesaw_ds.sched.scheduler import Scheduler
 
-NUM_EXAMPLES = int(os.environ.get("SEESAW_SCHEDULER_EXAMPLES", "150"))
+many = settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
 def make_jobs(seed: int, num_jobs: int, max_prompt: int, max_tokens: int) -> list[Job]:
@@ -65,7 +64,7 @@ def check_empty(scheduler: Scheduler) -> None:
     scheduler.check_integrity()
 
 
-@settings(max_examples=NUM_EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@many
 @given(runs())
 def test_every_sequence_ends_with_its_tokens(run) -> None:
     scheduler, jobs, seed = run
@@ -76,7 +75,7 @@ def test_every_sequence_ends_with_its_tokens(run) -> None:
     assert scheduler.stats().num_finished == len(jobs)
 
 
-@settings(max_examples=NUM_EXAMPLES, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@many
 @given(runs(), st.sampled_from([0.01, 0.05, 0.2]))
 def test_aborts_leave_nothing_behind(run, abort_rate: float) -> None:
     scheduler, jobs, seed = run
@@ -89,11 +88,23 @@ def test_aborts_leave_nothing_behind(run, abort_rate: float) -> None:
 
 
 def test_tight_pools_evict_and_change_phase_often() -> None:
-    """The random workloads do reach evictions, frozen growth and many transitions; one such, checked in full."""
-    jobs = [
-        Job(SequenceSpec(seq_id, 3 + seq_id % 5, 20 + seq_id % 7), (0,) * (20 + seq_id % 7)) for seq_id in range(30)
-    ]
-    scheduler = Scheduler(SchedulerLimits(2, 8, 18, 18, 8, 8, 2, 2), expected_output_tokens=1)
+    """Sequences that end at some stop token are evicted and stalled, and all the same end as they should."""
+    jobs = []
+    for seq_id in range(40):
+        length = 10 + 7 * seq_id % 23
+        spec = SequenceSpec(seq_id, 3 + seq_id % 5, 24, stop_token_ids=frozenset({STOP}))
+        jobs.append(Job(spec, tuple(STOP if count == length else 0 for count in range(1, 25))))
+    limits = SchedulerLimits(
+        block_size=2,
+        num_prefill_blocks=8,
+        num_gpu_blocks=18,
+        num_host_blocks=18,
+        max_num_seqs=12,
+        max_num_batched_tokens=8,
+        prefill_stages=2,
+        decode_stages=2,
+    )
+    scheduler = Scheduler(limits)
     executor = ShadowExecutor(scheduler, jobs, seed=7)
     executor.run()
     assert executor.finished == {job.spec.seq_id: job.expected for job in jobs}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -11,41 +12,40 @@ from seesaw_ds.model.attention.interface import AttentionBatch
 class TorchAttention:
     """Gathers each sequence's blocks and calls scaled_dot_product_attention."""
 
-    def __init__(self) -> None:
-        self._batch: AttentionBatch | None = None
-        self._mask: torch.Tensor | None = None
+    def __init__(self, block_size: int, device: torch.device) -> None:
+        self._block_size = block_size
+        self._device = device
+        self._query_lens: list[int] = []
+        self._kv_lens: list[int] = []
+        self._tables = torch.empty(0)
+        self._mask = torch.empty(0)
 
     def plan(self, batch: AttentionBatch) -> None:
-        self._batch = batch
-        self._mask = None
+        self._query_lens = batch.query_lens.tolist()
+        self._kv_lens = batch.kv_lens.tolist()
+        width = -(-max(self._kv_lens) // self._block_size)
+        self._tables = torch.from_numpy(batch.block_tables[:, :width].astype(np.int64)).to(self._device)
+        kv_lens = torch.from_numpy(batch.kv_lens).to(self._device)
+        self._mask = torch.arange(width * self._block_size, device=self._device) < kv_lens[:, None, None, None]
 
-    def forward(
-        self, q_NHD: torch.Tensor, k_NKD: torch.Tensor, v_NKD: torch.Tensor, kv_cache: torch.Tensor
-    ) -> torch.Tensor:
-        batch = self._batch
-        assert batch is not None, "plan() comes before forward()"
-        kv_cache[batch.write_blocks, 0, :, batch.write_offsets] = k_NKD
-        kv_cache[batch.write_blocks, 1, :, batch.write_offsets] = v_NKD
-        return self._decode(batch, q_NHD, kv_cache) if batch.is_decode else self._prefill(batch, q_NHD, kv_cache)
+    def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+        is_decode = len(self._query_lens) == q_NHD.shape[0]
+        return self._decode(q_NHD, kv_cache) if is_decode else self._prefill(q_NHD, kv_cache)
 
-    def _decode(self, batch: AttentionBatch, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
-        """All sequences at once, padded to the longest."""
-        num_blocks = -(-max(batch.kv_lens) // kv_cache.shape[3])
-        blocks = kv_cache[batch.block_tables[:, :num_blocks]]  # (B, blocks, 2, K, S, D)
+    def _decode(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+        """All sequences at once."""
+        blocks = kv_cache[self._tables]  # (B, blocks, 2, K, S, D)
         kv = blocks.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)  # (2, B, K, tokens, D)
-        if self._mask is None:
-            kv_lens = torch.tensor(batch.kv_lens, device=q_NHD.device)
-            self._mask = torch.arange(kv.shape[3], device=q_NHD.device) < kv_lens[:, None, None, None]
         out = F.scaled_dot_product_attention(q_NHD[:, :, None], kv[0], kv[1], attn_mask=self._mask, enable_gqa=True)
         return out[:, :, 0]
 
-    def _prefill(self, batch: AttentionBatch, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+    def _prefill(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
         """One sequence at a time; a chunk that is not a prompt's first attends to the chunks before it."""
         out = torch.empty_like(q_NHD)
         first = 0
-        for row, (query_len, kv_len) in enumerate(zip(batch.query_lens, batch.kv_lens, strict=True)):
-            num_blocks = -(-kv_len // kv_cache.shape[3])
-            blocks = kv_cache[batch.block_tables[row, :num_blocks]]  # (blocks, 2, K, S, D)
+        for row, (query_len, kv_len) in enumerate(zip(self._query_lens, self._kv_lens, strict=True)):
+            num_blocks = -(-kv_len // self._block_size)
+            blocks = kv_cache[self._tables[row, :num_blocks]]  # (blocks, 2, K, S, D)
             kv = blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)[None, :, :, :kv_len]  # (1, 2, K, tokens, D)
             q = q_NHD[first : first + query_len].transpose(0, 1)[None]
             mask = None

@@ -1,0 +1,144 @@
+"""Paged attention with FlashInfer kernels, for bfloat16 and float16 on NVIDIA devices.
+
+FlashInfer plans a step on the host, from index arrays, and copies the plan to the device from a pinned buffer of
+the wrapper. That buffer must not be written again before the copy is done: `_PlanFence`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
+
+from seesaw_ds.model.attention.interface import AttentionBatch
+from seesaw_ds.parallel.device import to_device
+
+WORKSPACE_BYTES = 256 << 20
+
+
+class _PlanFence:
+    """Keeps the host from planning the next step before the device has read the plan of the last."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event()
+        self._is_recorded = False
+
+    def wait(self) -> None:
+        if self._is_recorded:
+            self._event.synchronize()
+
+    def record(self) -> None:
+        self._event.record()
+        self._is_recorded = True
+
+
+def _pages(batch: AttentionBatch, block_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """FlashInfer's form of the block tables: (offsets of each sequence, blocks of all, tokens in each last block)."""
+    num_blocks = -(-batch.kv_lens // block_size)
+    used = np.arange(batch.block_tables.shape[1], dtype=np.int32) < num_blocks[:, None]
+    offsets = np.zeros(len(num_blocks) + 1, dtype=np.int32)
+    np.cumsum(num_blocks, out=offsets[1:])
+    return offsets, batch.block_tables[used], (batch.kv_lens - (num_blocks - 1) * block_size).astype(np.int32)
+
+
+class FlashInferPrefill:
+    """Chunks of prompts, of any lengths; causal, each attending to what its sequence has in the cache."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._heads = (num_heads, num_kv_heads, head_dim)
+        self._block_size = block_size
+        self._dtype = dtype
+        self._device = device
+        workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
+        self._fence = _PlanFence()
+
+    def plan(self, batch: AttentionBatch) -> None:
+        offsets, blocks, last_lens = _pages(batch, self._block_size)
+        query_offsets = np.zeros(len(batch.query_lens) + 1, dtype=np.int32)
+        np.cumsum(batch.query_lens, out=query_offsets[1:])
+        self._fence.wait()
+        self._wrapper.plan(
+            torch.from_numpy(query_offsets),
+            torch.from_numpy(offsets),
+            to_device(blocks, self._device),
+            torch.from_numpy(last_lens),
+            *self._heads,
+            self._block_size,
+            causal=True,
+            q_data_type=self._dtype,
+            kv_data_type=self._dtype,
+        )
+        self._fence.record()
+
+    def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+        return self._wrapper.run(q_NHD, kv_cache)
+
+
+class FlashInferDecode:
+    """One token a sequence. For each batch size one wrapper, over buffers that stay in place, so that CUDA graphs
+    captured at that size can be replayed after another `plan`."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._heads = (num_heads, num_kv_heads, head_dim)
+        self._block_size = block_size
+        self._dtype = dtype
+        self._device = device
+        self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._blocks = torch.zeros(max_num_blocks, dtype=torch.int32, device=device)
+        self._offsets = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
+        self._last_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self._wrappers: dict[int, tuple[BatchDecodeWithPagedKVCacheWrapper, _PlanFence]] = {}
+        self._wrapper: BatchDecodeWithPagedKVCacheWrapper | None = None
+
+    def plan(self, batch: AttentionBatch) -> None:
+        offsets, blocks, last_lens = _pages(batch, self._block_size)
+        self._wrapper, fence = self._of_size(len(batch.kv_lens))
+        fence.wait()
+        self._wrapper.plan(
+            torch.from_numpy(offsets),
+            to_device(blocks, self._device),
+            torch.from_numpy(last_lens),
+            *self._heads,
+            self._block_size,
+            q_data_type=self._dtype,
+            kv_data_type=self._dtype,
+        )
+        fence.record()
+
+    def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+        assert self._wrapper is not None, "plan() comes before forward()"
+        return self._wrapper.run(q_NHD, kv_cache)
+
+    def _of_size(self, num_seqs: int) -> tuple[BatchDecodeWithPagedKVCacheWrapper, _PlanFence]:
+        if num_seqs not in self._wrappers:
+            wrapper = BatchDecodeWithPagedKVCacheWrapper(
+                self._workspace,
+                "HND",
+                use_cuda_graph=True,
+                use_tensor_cores=True,
+                paged_kv_indptr_buffer=self._offsets[: num_seqs + 1],
+                paged_kv_indices_buffer=self._blocks,
+                paged_kv_last_page_len_buffer=self._last_lens[:num_seqs],
+                backend="fa2",
+            )
+            self._wrappers[num_seqs] = (wrapper, _PlanFence())
+        return self._wrappers[num_seqs]

@@ -1,0 +1,109 @@
+"""The layer operations as fused CUDA kernels: FlashInfer's where it has them, one of our own in Triton.
+
+FlashInfer's rotary kernels want heads at one stride and write the cache in a second pass. Our QKV product is grouped by
+KV head, so that any re-sharding cell is contiguous; the Triton kernel reads that form and rotates, and stores
+keys and values, in one pass over memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from flashinfer.activation import silu_and_mul
+from flashinfer.norm import fused_add_rmsnorm, rmsnorm
+
+from seesaw_ds.model.ops.interface import TokenPlaces
+
+
+class CudaOps:
+    """For bfloat16 and float16 on NVIDIA devices."""
+
+    def rms_norm(self, x_NM: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return rmsnorm(x_NM, weight, eps)
+
+    def add_rms_norm(
+        self, x_NM: torch.Tensor, residual_NM: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        fused_add_rmsnorm(x_NM, residual_NM, weight, eps)
+        return x_NM, residual_NM
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        num_tokens = gate_up.shape[0]
+        return silu_and_mul(gate_up.flatten(2).flatten(0, 1)).view(num_tokens, -1)
+
+    def rotate_and_store(self, qkv: torch.Tensor, places: TokenPlaces, kv_cache: torch.Tensor) -> torch.Tensor:
+        num_tokens, num_kv_heads, group_size, head_dim = qkv.shape
+        queries_per_kv_head = group_size - 2
+        q_NHD = torch.empty(
+            (num_tokens, num_kv_heads * queries_per_kv_head, head_dim), dtype=qkv.dtype, device=qkv.device
+        )
+        _rotate_and_store[(num_tokens, num_kv_heads)](
+            qkv,
+            q_NHD,
+            kv_cache,
+            places.cos,
+            places.sin,
+            places.write_blocks,
+            places.write_offsets,
+            kv_cache.stride(0),
+            kv_cache.stride(1),
+            kv_cache.stride(2),
+            kv_cache.stride(3),
+            places.cos.stride(0),
+            num_kv_heads,
+            QUERIES=queries_per_kv_head,
+            QUERIES_PADDED=triton.next_power_of_2(queries_per_kv_head),
+            HALF=head_dim // 2,
+            num_warps=4,
+        )
+        return q_NHD
+
+
+@triton.jit(do_not_specialize=["num_kv_heads"])
+def _rotate_and_store(
+    qkv,
+    queries,
+    cache,
+    cos,
+    sin,
+    write_blocks,
+    write_offsets,
+    block_stride,
+    kv_stride,
+    head_stride,
+    slot_stride,
+    angle_stride,
+    num_kv_heads,
+    QUERIES: tl.constexpr,
+    QUERIES_PADDED: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """One program for a token's KV head: its QUERIES queries, its key and its value, each of 2 * HALF elements."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    row = tl.arange(0, QUERIES_PADDED)[:, None]
+    low = tl.arange(0, HALF)
+    cosine = tl.load(cos + token * angle_stride + low)
+    sine = tl.load(sin + token * angle_stride + low)
+
+    group = qkv + (token * num_kv_heads + head) * ((QUERIES + 2) * 2 * HALF)
+    is_query = row < QUERIES
+    first = tl.load(group + row * 2 * HALF + low[None, :], mask=is_query).to(tl.float32)
+    second = tl.load(group + row * 2 * HALF + HALF + low[None, :], mask=is_query).to(tl.float32)
+    target = queries + (token * num_kv_heads + head) * (QUERIES * 2 * HALF) + row * 2 * HALF + low[None, :]
+    tl.store(target, (first * cosine - second * sine).to(queries.dtype.element_ty), mask=is_query)
+    tl.store(target + HALF, (second * cosine + first * sine).to(queries.dtype.element_ty), mask=is_query)
+
+    key = group + QUERIES * 2 * HALF
+    first_k = tl.load(key + low).to(tl.float32)
+    second_k = tl.load(key + HALF + low).to(tl.float32)
+    block = tl.load(write_blocks + token)
+    offset = tl.load(write_offsets + token)
+    place = cache + block * block_stride + head * head_stride + offset * slot_stride
+    tl.store(place + low, (first_k * cosine - second_k * sine).to(cache.dtype.element_ty))
+    tl.store(place + HALF + low, (second_k * cosine + first_k * sine).to(cache.dtype.element_ty))
+
+    value = key + 2 * HALF
+    tl.store(place + kv_stride + low, tl.load(value + low))
+    tl.store(place + kv_stride + HALF + low, tl.load(value + HALF + low))

@@ -1,0 +1,48 @@
+"""The element-wise operations of a decoder layer, behind one interface: plain torch, or fused CUDA kernels.
+
+Shape letters: N tokens, M hidden size, K local KV heads, G query heads per KV head, D head dim, S block size,
+C cells that this rank owns of a layer, F local FFN size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class TokenPlaces:
+    """Where a step's tokens stand: their rotary angles, and the KV slots their keys and values go to.
+
+    cos, sin       (N, D) float32
+    write_blocks   (N,) int64: the KV block of each token
+    write_offsets  (N,) int64: its place in that block
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    write_blocks: torch.Tensor
+    write_offsets: torch.Tensor
+
+
+class LayerOps(Protocol):
+    """Operations between the matrix products of a layer."""
+
+    def rms_norm(self, x_NM: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """``x / rms(x) * weight``."""
+
+    def add_rms_norm(
+        self, x_NM: torch.Tensor, residual_NM: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The new residual ``r = x + residual``, and its norm: (norm, r). Both arguments may be overwritten."""
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """``silu(gate) * up`` of (N, C, 2, F / C): (N, F)."""
+
+    def rotate_and_store(self, qkv: torch.Tensor, places: TokenPlaces, kv_cache: torch.Tensor) -> torch.Tensor:
+        """Rotate queries and keys of (N, K, G + 2, D), write keys and values to the cache; the queries (N, K * G, D).
+
+        `kv_cache` is one layer's (blocks, 2, K, S, D) view.
+        """

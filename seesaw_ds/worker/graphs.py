@@ -1,0 +1,74 @@
+"""Decode steps as CUDA graphs: captured the first time a batch size comes, replayed from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+Body = Callable[[int], torch.Tensor]
+
+
+class StepExecutor(Protocol):
+    """Runs the device part of a decode step."""
+
+    def padded_size(self, num_rows: int) -> int:
+        """The batch size at which a step of `num_rows` rows runs; the rest are rows that nobody reads."""
+
+    def run(self, size: int, body: Body) -> torch.Tensor:
+        """What ``body(size)`` computes. It must read and write only tensors that stay in place between calls."""
+
+
+class EagerExecutor:
+    """Runs the body as it is."""
+
+    def padded_size(self, num_rows: int) -> int:
+        return num_rows
+
+    def run(self, size: int, body: Body) -> torch.Tensor:
+        return body(size)
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes worth a graph: few rows are padded, and few graphs are captured as a batch shrinks.
+
+    Up to 16 by doubling, then steps of 16 to 256 and of 64 beyond.
+    """
+    sizes = [1, 2, 4, 8, *range(16, 257, 16), *range(320, max_num_seqs + 64, 64)]
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+class GraphExecutor:
+    """One graph for each size in `graph_sizes`; all share one memory pool, for one runs at a time.
+
+    The result of `run` is a tensor that the next run of that size overwrites. Graphs hold addresses: of weights in
+    the arena, of KV pools, of the body's buffers. None of them moves at a transition, so graphs survive it.
+    """
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self._sizes = graph_sizes(max_num_seqs)
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._pool: tuple[int, int] | None = None
+
+    def padded_size(self, num_rows: int) -> int:
+        return next(size for size in self._sizes if size >= num_rows)
+
+    def run(self, size: int, body: Body) -> torch.Tensor:
+        if size not in self._graphs:
+            self._graphs[size] = self._capture(size, body)
+        graph, result = self._graphs[size]
+        graph.replay()
+        return result
+
+    def _capture(self, size: int, body: Body) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        # Once without capturing: kernels are compiled and loaded on first use, which a capture does not allow.
+        # The step's results are written twice, the same values to the same places.
+        body(size)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # The copy engines' threads go on calling CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            result = body(size)
+        self._pool = graph.pool()
+        return graph, result

@@ -1,0 +1,62 @@
+"""Greedy float32 tokens of the whole engine against `transformers`, under layouts of 2 and 4 ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from engine_run import run_engine
+from models import ROPE_SCALINGS
+from workload import Workload, make_workload, run_config
+
+from seesaw_ds.requests import FinishReason
+
+NUM_REQUESTS = 64
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory) -> Workload:
+    return make_workload(tmp_path_factory.mktemp("four-layers"), NUM_REQUESTS)
+
+
+@pytest.fixture(scope="module")
+def five_layers(tmp_path_factory) -> Workload:
+    return make_workload(
+        tmp_path_factory.mktemp("five-layers"),
+        NUM_REQUESTS,
+        num_hidden_layers=5,
+        tie_word_embeddings=True,
+        rope_parameters=ROPE_SCALINGS["llama3"],
+    )
+
+
+def check_layouts(workload: Workload, layouts: str, weight_reshard: str) -> None:
+    outcome = run_engine(run_config(workload.folder, layouts, weight_reshard=weight_reshard), workload.requests)
+    found = [(outcome.results[i].token_ids, outcome.results[i].finish_reason) for i in range(NUM_REQUESTS)]
+    assert found == workload.expected
+    assert outcome.num_transitions >= 4
+    assert outcome.num_evictions >= 1
+    for stats in outcome.stats:
+        assert stats.num_host_blocks_used == stats.num_gpu_blocks_used == stats.num_prefill_blocks_used == 0
+
+
+def test_requests_end_at_stop_tokens_and_at_their_length(four_layers, five_layers):
+    for workload in (four_layers, five_layers):
+        reasons = [reason for _, reason in workload.expected]
+        assert min(reasons.count(reason) for reason in FinishReason) >= 8
+
+
+@pytest.mark.parametrize("weight_reshard", ["exchange", "host"])
+@pytest.mark.parametrize(
+    "layouts", ["P2->T2", "T2->P2", "P2->P2", "T2", "P4->T4", "T2P2->T4", "P4->T2P2", "D2P2->D2T2"]
+)
+def test_tokens_equal_transformers(four_layers, layouts, weight_reshard):
+    check_layouts(four_layers, layouts, weight_reshard)
+
+
+@pytest.mark.parametrize("weight_reshard", ["exchange", "host"])
+@pytest.mark.parametrize("layouts", ["P2->T2", "P4->T4"])
+def test_tokens_equal_transformers_with_stages_of_unequal_depth(five_layers, layouts, weight_reshard):
+    check_layouts(five_layers, layouts, weight_reshard)

@@ -1,0 +1,159 @@
+"""Runs of ``deepspeed launch/run.py`` on CPU ranks: starting them, looking into them, and what they leave behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import psutil
+
+from seesaw_ds.engine.process_id import LAUNCH_NAME, RUNNER_NAME
+
+REPOSITORY = Path(__file__).parents[2]
+RUN_PY = Path("launch", "run.py")
+# In the environment of every process of a run, so that orphans are found too.
+MARK = "SEESAW_TEST_RUN"
+# On a busy machine; an idle one needs a tenth of it.
+PATIENCE_SECONDS = 240.0
+
+Value = TypeVar("Value")
+
+
+def wait_until(look: Callable[[], Value], what: str, seconds: float = PATIENCE_SECONDS) -> Value:
+    """The first true value of `look`; fails the test when there is none in time."""
+    deadline = time.monotonic() + seconds
+    while not (value := look()):
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.02)
+    return value
+
+
+class Run:
+    """A started run of two ranks. `folder` takes its output, and its temporary files in a folder of their own.
+
+    The output is a file, not a pipe, for a reader of a pipe would wait for orphans too.
+    """
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.mark = uuid.uuid4().hex
+        self.port = _free_port()
+        self.temporary = folder / f"tmp-{self.mark}"
+        self.temporary.mkdir(parents=True)
+        self._output_path = folder / f"output-{self.mark}.txt"
+        self._shared_files: set[str] = set()
+        bin_folder = Path(sys.executable).parent
+        with self._output_path.open("wb") as output:
+            self.command = subprocess.Popen(
+                [bin_folder / "deepspeed", "--num_accelerators=2", f"--master_port={self.port}", RUN_PY, *arguments],
+                cwd=REPOSITORY,
+                env={
+                    **os.environ,
+                    "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+                    "DS_ACCELERATOR": "cpu",
+                    "OMP_NUM_THREADS": "1",
+                    "TMPDIR": str(self.temporary),
+                    MARK: self.mark,
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        """What all processes have said so far."""
+        return self._output_path.read_text(errors="replace")
+
+    @property
+    def error_lines(self) -> list[str]:
+        """The lines that name an error to the user."""
+        return [line for line in self.output.splitlines() if line.startswith("error:")]
+
+    def wait(self) -> int:
+        """The exit code, once every process has ended."""
+        exit_code = self.command.wait(PATIENCE_SECONDS)
+        wait_until(lambda: not self.processes(), "processes that outlive the launcher", 30.0)
+        return exit_code
+
+    def processes(self) -> dict[str, psutil.Process]:
+        """The live processes of the run, under the names that its messages give them."""
+        found = {}
+        for process in psutil.process_iter():
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self.mark:
+                    found[_role(process)] = process
+            except psutil.Error:
+                continue  # it ended, or is not ours
+        return found
+
+    def wait_for(self, role: str) -> psutil.Process:
+        """The process of that name, once it is there."""
+        return wait_until(lambda: self.processes().get(role), f"{role}\n{self.output}")
+
+    def note_shared_files(self) -> None:
+        """Remember which files in shared memory the run has mapped now, to look for them later."""
+        for process in self.processes().values():
+            text = Path(f"/proc/{process.pid}/maps").read_text()
+            self._shared_files.update(re.findall(r"/dev/shm/\S+", text))
+
+    def leftovers(self) -> list[str]:
+        """What is still there of the run: processes, sockets, shared memory, temporary files."""
+        sockets = Path("/proc/net/unix").read_text().splitlines()
+        return [
+            *self.processes(),
+            *(line for line in sockets if "seesaw-" in line and f"-{self.port}-" in line),
+            *(path for path in self._shared_files if Path(path).exists()),
+            *(str(path) for path in self.temporary.iterdir()),
+        ]
+
+    def end(self) -> None:
+        """Kill what is left."""
+        while processes := self.processes():
+            for process in processes.values():
+                process.kill()
+            time.sleep(0.05)
+        self.command.wait()
+
+
+def handles_sigterm(process: psutil.Process) -> bool:
+    """Whether a rank is past the start of its interpreter: from then on it notices what happens to others."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = int(re.findall(r"SigCgt:\s*(\w+)", status)[0], 16)
+    return bool(caught & 1 << 14)
+
+
+def _role(process: psutil.Process) -> str:
+    arguments = process.cmdline()
+    text = " ".join(arguments)
+    if rank := re.search(r"--local_rank=(\d+)", text):
+        return f"worker rank {rank[1]}"
+    if "seesaw_ds.engine.frontend" in arguments:
+        return "frontend"
+    if "seesaw_ds.engine.scheduler_process" in arguments:
+        return "scheduler 0"
+    if "deepspeed.launcher.launch" in arguments:
+        return LAUNCH_NAME
+    return RUNNER_NAME if "--num_accelerators=2" in arguments else f"{text} (pid {process.pid})"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def config_arguments(path: Path, settings: dict[str, object], *more: str) -> Sequence[str]:
+    """Write `settings` as a run's config to `path`, and give the arguments that use it."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(settings))
+    return ("--config", str(path), *more)
