@@ -11,6 +11,7 @@ from seesaw_ds.model.decoder import DecoderLayer, DecoderStage
 from seesaw_ds.model.layers import RMSNorm, bind, padded_vocab_size
 from seesaw_ds.model.ops.interface import LayerOps
 from seesaw_ds.model.weights import WeightSource, norm_names, vocab_shard
+from seesaw_ds.parallel.all_reduce import AllReduce
 from seesaw_ds.parallel.groups import ParallelState
 from seesaw_ds.reshard.arena import WeightArena
 from seesaw_ds.reshard.host import HostWeights
@@ -49,6 +50,7 @@ def build_stages(
     replica_rank: int,
     source: WeightSource,
     ops: LayerOps,
+    all_reduces: dict[Phase, AllReduce],
     dtype: torch.dtype,
     device: torch.device,
 ) -> dict[Phase, DecoderStage]:
@@ -62,7 +64,7 @@ def build_stages(
         groups = state.activate(phase)
         shard = groups.layout.shard(replica_rank, shape.num_layers, shape.num_kv_heads)
         num_cells = plan.cells_per_rank(phase)
-        stage = DecoderStage(shape, groups, shard.layers, num_cells, norms, ops, dtype)
+        stage = DecoderStage(shape, groups, shard.layers, num_cells, norms, ops, all_reduces[phase], dtype)
         first_slots = [plan.first_slot(phase, replica_rank, layer) for layer in shard.layers.indices()]
         _bind_layers(stage, arena, first_slots, num_cells)
         _bind_vocabulary(stage, shape, source, device)

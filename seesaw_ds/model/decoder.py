@@ -13,6 +13,7 @@ from seesaw_ds.layout import Range
 from seesaw_ds.model.attention.interface import AttentionBackend
 from seesaw_ds.model.layers import ColumnLinear, RMSNorm, RowLinear, VocabEmbedding, padded_vocab_size
 from seesaw_ds.model.ops.interface import LayerOps, TokenPlaces
+from seesaw_ds.parallel.all_reduce import AllReduce
 from seesaw_ds.parallel.groups import PhaseGroups
 from seesaw_ds.parallel.links import gather_last_dim
 from seesaw_ds.shapes import ModelShape
@@ -32,6 +33,7 @@ class DecoderLayer(nn.Module):
         num_cells: int,
         norms: tuple[RMSNorm, RMSNorm],
         ops: LayerOps,
+        all_reduce: AllReduce,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
@@ -41,9 +43,9 @@ class DecoderLayer(nn.Module):
         qkv_size = shape.num_kv_heads * (shape.queries_per_kv_head + 2) * shape.head_dim
         self.input_norm, self.post_attention_norm = norms
         self.qkv = ColumnLinear(shape.hidden_size, qkv_size, groups.tp, dtype)
-        self.o = RowLinear(shape.num_heads * shape.head_dim, shape.hidden_size, groups.tp, dtype)
+        self.o = RowLinear(shape.num_heads * shape.head_dim, shape.hidden_size, groups.tp, all_reduce, dtype)
         self.gate_up = ColumnLinear(shape.hidden_size, 2 * shape.intermediate_size, groups.tp, dtype)
-        self.down = RowLinear(shape.intermediate_size, shape.hidden_size, groups.tp, dtype)
+        self.down = RowLinear(shape.intermediate_size, shape.hidden_size, groups.tp, all_reduce, dtype)
 
     def forward(
         self,
@@ -84,6 +86,7 @@ class DecoderStage(nn.Module):
         num_cells: int,
         norms: dict[str, RMSNorm],
         ops: LayerOps,
+        all_reduce: AllReduce,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
@@ -91,7 +94,9 @@ class DecoderStage(nn.Module):
         self.vocab_size = shape.vocab_size
         self.layer_range = layers
         self.layers = nn.ModuleList(
-            DecoderLayer(shape, groups, num_cells, (norms[f"input.{i}"], norms[f"post_attention.{i}"]), ops, dtype)
+            DecoderLayer(
+                shape, groups, num_cells, (norms[f"input.{i}"], norms[f"post_attention.{i}"]), ops, all_reduce, dtype
+            )
             for i in layers.indices()
         )
         vocab_size = padded_vocab_size(shape.vocab_size, groups.layout.tp)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from seesaw_ds.model.ops.interface import LayerOps
+from seesaw_ds.parallel.all_reduce import AllReduce
 
 
 def _config(group: ProcessGroup, dtype: torch.dtype) -> ModelParallelConfig:
@@ -53,7 +54,9 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
 class RowLinear(RowParallelLinear):  # type: ignore[misc]
     """``y = sum over ranks of x_local @ W_local.T``: the input dim is split, the output is all-reduced."""
 
-    def __init__(self, input_size: int, output_size: int, group: ProcessGroup, dtype: torch.dtype) -> None:
+    def __init__(
+        self, input_size: int, output_size: int, group: ProcessGroup, all_reduce: AllReduce, dtype: torch.dtype
+    ) -> None:
         with torch.device("meta"):
             super().__init__(
                 input_size,
@@ -65,9 +68,10 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
                 skip_bias_add=False,
                 tp_group=group,
             )
+        self._all_reduce = all_reduce
 
-    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        return F.linear(input, weight)
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self._all_reduce(F.linear(input_, self.weight)), None
 
 
 class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]

@@ -37,6 +37,8 @@ class LengthForecast:
     """
 
     def __init__(self, expected_output_tokens: int | None) -> None:
+        if expected_output_tokens is not None and expected_output_tokens < 1:
+            raise ValueError(f"expected_output_tokens={expected_output_tokens}: must be at least 1, or None if unknown")
         self._num_tokens = expected_output_tokens or 0
         self._num_stopped = 0 if expected_output_tokens is None else 1
 
@@ -151,9 +153,7 @@ class Prefetcher:
         return [_resident(seq) for seq in self._pools.owners.values() if seq.state in _RESIDENT]
 
     def _fits(self, residents: list[Resident]) -> bool:
-        """Whether these may be on the GPU together. A lone one may: somebody must run."""
-        if len(residents) == 1:
-            return True
+        """Whether these may be on the GPU together; a lone one always may, for the pool holds its largest size."""
         num_blocks = self._pools.gpu.num_blocks
         margin = sum(resident.num_growth_blocks > 0 for resident in residents)
         return (

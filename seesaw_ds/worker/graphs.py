@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -44,12 +44,14 @@ class GraphExecutor:
 
     The result of `run` is a tensor that the next run of that size overwrites. Graphs hold addresses: of weights in
     the arena, of KV pools, of the body's buffers. None of them moves at a transition, so graphs survive it.
+    `after_capture` is called on every rank after each capture.
     """
 
-    def __init__(self, max_num_seqs: int) -> None:
+    def __init__(self, max_num_seqs: int, after_capture: Callable[[], None]) -> None:
+        self._after_capture = after_capture
         self._sizes = graph_sizes(max_num_seqs)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     def padded_size(self, num_rows: int) -> int:
         return next(size for size in self._sizes if size >= num_rows)
@@ -71,4 +73,5 @@ class GraphExecutor:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = body(size)
         self._pool = graph.pool()
+        self._after_capture()
         return graph, result

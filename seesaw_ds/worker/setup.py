@@ -26,6 +26,7 @@ from seesaw_ds.model.decoder import DecoderStage
 from seesaw_ds.model.rope import RotaryTables
 from seesaw_ds.model.weights import DummySource, SafetensorsSource, WeightSource, cell_tensors
 from seesaw_ds.parallel import device as devices
+from seesaw_ds.parallel.all_reduce import choose_all_reduce
 from seesaw_ds.parallel.groups import ParallelState
 from seesaw_ds.parallel.links import PipelineLink
 from seesaw_ds.parallel.shared_memory import NodeSharedMapping
@@ -110,6 +111,12 @@ def build_engine(run: RunConfig, timer: StartUpTimer) -> Engine:
     backends = choose_backends(
         shape, layouts, run.kv_block_size, run.max_num_seqs, pool_sizes.num_gpu_blocks, dtype, device
     )
+    all_reduces = {
+        phase: choose_all_reduce(state[phase].tp, device, backends.has_graphs and phase is Phase.DECODE)
+        for phase in Phase
+    }
+    if layouts.is_static:
+        all_reduces[Phase.PREFILL] = all_reduces[Phase.DECODE]
     with timer.part("weights"):
         arena = WeightArena(pieces, plan.num_slots[replica_rank], dtype, device)
         source = _source(run, shape, dtype, device)
@@ -119,7 +126,9 @@ def build_engine(run: RunConfig, timer: StartUpTimer) -> Engine:
             mapping = _share(f"weights-{state.replica_ranks[0]}", num_bytes, replica_rank, device)
             host_weights = HostWeights(mapping, pieces, shape.num_layers, layouts.cells_per_layer, dtype)
         load_arena(arena, plan, replica_rank, source, host_weights, _log_progress)
-        stages = build_stages(shape, layouts, state, plan, arena, replica_rank, source, backends.ops, dtype, device)
+        stages = build_stages(
+            shape, layouts, state, plan, arena, replica_rank, source, backends.ops, all_reduces, dtype, device
+        )
         dist.barrier(group=state.replica)
     if host_weights is not None:
         reshard: WeightReshard = HostReshard(plan, arena, host_weights, replica_rank)
@@ -150,7 +159,11 @@ def build_engine(run: RunConfig, timer: StartUpTimer) -> Engine:
     longest = max_model_len(run, shape)
     rotary = RotaryTables(LlamaConfig(**hf_config), device, dtype, longest)
     links = tuple(PipelineLink(state[phase], shape.hidden_size, dtype, device) for phase in Phase)
-    executor = GraphExecutor(run.max_num_seqs) if backends.has_graphs else EagerExecutor()
+    executor = (
+        GraphExecutor(run.max_num_seqs, all_reduces[Phase.DECODE].after_capture)
+        if backends.has_graphs
+        else EagerExecutor()
+    )
     return Engine(
         state=state,
         stages=stages,

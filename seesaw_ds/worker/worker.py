@@ -27,13 +27,13 @@ from seesaw_ds.kv.device_pool import DeviceKVPool
 from seesaw_ds.kv.swap import CopyEngine
 from seesaw_ds.kv.transfer import copy_to_device, copy_to_host
 from seesaw_ds.layout import Phase
-from seesaw_ds.model.sampling_output import SampledTokens
 from seesaw_ds.observe.metrics import RankCounters
 from seesaw_ds.observe.timeline import SpanRecorder, Track
 from seesaw_ds.parallel import device as devices
 from seesaw_ds.requests import SequenceRequest
 from seesaw_ds.worker.reports import Reporter
 from seesaw_ds.worker.setup import Engine, StartUpTimer
+from seesaw_ds.worker.steps import StepReporter
 
 TELEMETRY_SECONDS = 0.5
 
@@ -54,6 +54,7 @@ class Worker:
         self._reshard_seconds = 0.0
         self._last_telemetry = time.monotonic()
         self._phase = Phase.PREFILL
+        self._steps = StepReporter(reporter, self._spans, self._device, self._fail)
         self._swap_out = CopyEngine(Track.SWAP_OUT.value, self._device, self._fail, self._record_copy)
         self._swap_in = CopyEngine(Track.SWAP_IN.value, self._device, self._fail, self._record_copy)
         self._commands = reporter.context.socket(zmq.PULL)
@@ -107,8 +108,8 @@ class Worker:
             self._requests[request.seq_id] = request
         batch = command.batch
         num_tokens = sum(chunk.num_tokens for chunk in batch.chunks)
-        with self._spans.span(Track.COMPUTE, "prefill", step=batch.step_id, tokens=num_tokens):
-            sampled = self._engine.prefill.run(batch, self._requests)
+        with self._steps.step(batch.step_id, "prefill", self._answers(Phase.PREFILL), tokens=num_tokens) as step:
+            step.sampled = self._engine.prefill.run(batch, self._requests)
         ends = [chunk for chunk in batch.chunks if chunk.is_last]
         if ends:
             blocks = [block for chunk in ends for block in chunk.block_ids]
@@ -116,22 +117,15 @@ class Worker:
             pool = self._engine.prefill_pool
             message = wire.SwapOutDone(self._rank, [chunk.seq_id for chunk in ends])
             self._submit_out(pool, blocks, host_blocks, message)
-        self._report_step(Phase.PREFILL, batch.step_id, sampled)
 
-    def _run_decode(self, step: wire.Decode) -> None:
-        with self._spans.span(Track.COMPUTE, "decode", step=step.step_id):
-            sampled = self._engine.decode.run(step)
-        self._report_step(Phase.DECODE, step.step_id, sampled)
+    def _run_decode(self, command: wire.Decode) -> None:
+        with self._steps.step(command.step_id, "decode", self._answers(Phase.DECODE)) as step:
+            step.sampled = self._engine.decode.run(command)
 
-    def _report_step(self, phase: Phase, step_id: int, sampled: SampledTokens | None) -> None:
+    def _answers(self, phase: Phase) -> bool:
+        """Whether this rank speaks for the steps of `phase`: one rank of the last stage does."""
         groups = self._engine.state[phase]
-        if not groups.is_last_stage or groups.coords.tp != 0:
-            return
-        rows = sampled.to_host() if sampled is not None else []
-        logprobs = [logprob for _, logprob in rows]
-        has_logprobs = any(logprob is not None for logprob in logprobs)
-        token_ids = [token_id for token_id, _ in rows]
-        self._reporter.result(wire.StepDone(step_id, token_ids, logprobs if has_logprobs else None))
+        return groups.is_last_stage and groups.coords.tp == 0
 
     def _start_load(self, load: wire.Load) -> None:
         swap = load.swap
@@ -200,6 +194,7 @@ class Worker:
         # From here on the run's processes end one after the other. None of the workers may while another still watches.
         self._lifeline.stop()
         dist.barrier()
+        self._steps.close()
         self._swap_out.close()
         self._swap_in.close()
         self._engine.close()

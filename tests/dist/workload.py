@@ -15,8 +15,7 @@ from seesaw_ds.config import RunConfig
 from seesaw_ds.requests import FinishReason, SamplingParams, SequenceRequest
 
 MAX_MODEL_LEN = 160
-# One token in 33 is a stop token, so that of outputs up to 40 tokens long some end early and most do not.
-STOP_TOKEN_IDS = tuple(range(5, 300, 33))
+STOP_TOKEN_IDS = tuple(range(5, 300, 7))
 # Two ways of adding up the same sums differ by about 1e-6 in these models' logits.
 MIN_MARGIN = 2e-5
 
@@ -55,19 +54,26 @@ def make_model(folder: Path, *, seed: int = 0, **changes: Any) -> LlamaForCausal
 
 
 def make_workload(folder: Path, num_requests: int, *, seed: int = 0, **changes: Any) -> Workload:
-    """A model with requests of 5 to 120 prompt tokens and 1 to 40 output tokens; every fourth ignores stop tokens."""
+    """A model, and requests of 5 to 120 prompt tokens and 1 to 40 output tokens.
+
+    Those of the first half may stop early, and those of the second run to their ends. So when the second half comes
+    the scheduler expects short outputs, takes too many sequences to the GPU, and has to evict some.
+    """
     model = make_model(folder, seed=seed, **changes)
     choice = random.Random(seed)
-    requests = [
-        SequenceRequest(
+    requests = []
+    for seq_id in range(num_requests):
+        is_first_half = 2 * seq_id < num_requests
+        num_prompt_tokens = choice.randint(5, 120 if is_first_half else 60)
+        max_tokens = choice.randint(1 if is_first_half else 25, 40)
+        request = SequenceRequest(
             seq_id=seq_id,
-            prompt_token_ids=tuple(choice.randrange(model.config.vocab_size) for _ in range(choice.randint(5, 120))),
-            params=SamplingParams(temperature=0.0, max_tokens=choice.randint(1, 40)),
+            prompt_token_ids=tuple(choice.randrange(model.config.vocab_size) for _ in range(num_prompt_tokens)),
+            params=SamplingParams(temperature=0.0, max_tokens=max_tokens),
             seed=seq_id,
-            stop_token_ids=() if seq_id % 4 == 0 else STOP_TOKEN_IDS,
+            stop_token_ids=STOP_TOKEN_IDS if is_first_half else (),
         )
-        for seq_id in range(num_requests)
-    ]
+        requests.append(request)
     return Workload(folder, model, requests, [_generate(model, request) for request in requests])
 
 

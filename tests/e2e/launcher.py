@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import psutil
+import yaml
 
 from seesaw_ds.engine.process_id import LAUNCH_NAME, RUNNER_NAME
 
 REPOSITORY = Path(__file__).parents[2]
-RUN_PY = Path("launch", "run.py")
 # In the environment of every process of a run, so that orphans are found too.
 MARK = "SEESAW_TEST_RUN"
 # On a busy machine; an idle one needs a tenth of it.
@@ -37,12 +38,14 @@ def wait_until(look: Callable[[], Value], what: str, seconds: float = PATIENCE_S
 
 
 class Run:
-    """A started run of two ranks. `folder` takes its output, and its temporary files in a folder of their own.
+    """A started run of two ranks with `settings` as its config. `folder` takes what it says and its temporary files.
 
-    The output is a file, not a pipe, for a reader of a pipe would wait for orphans too.
+    What it says goes to a file, not a pipe, for a pipe's reader would wait for orphans too.
     """
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, object], *arguments: str) -> None:
+        config = folder / "config.yaml"
+        config.write_text(yaml.safe_dump(dict(settings)))
         self.mark = uuid.uuid4().hex
         self.port = _free_port()
         self.temporary = folder / f"tmp-{self.mark}"
@@ -50,9 +53,10 @@ class Run:
         self._output_path = folder / f"output-{self.mark}.txt"
         self._shared_files: set[str] = set()
         bin_folder = Path(sys.executable).parent
+        launcher = [bin_folder / "deepspeed", "--num_accelerators=2", f"--master_port={self.port}"]
         with self._output_path.open("wb") as output:
             self.command = subprocess.Popen(
-                [bin_folder / "deepspeed", "--num_accelerators=2", f"--master_port={self.port}", RUN_PY, *arguments],
+                [*launcher, "launch/run.py", "--config", config, *arguments],
                 cwd=REPOSITORY,
                 env={
                     **os.environ,
@@ -86,11 +90,12 @@ class Run:
 
     def processes(self) -> dict[str, psutil.Process]:
         """The live processes of the run, under the names that its messages give them."""
-        found = {}
+        found: dict[str, psutil.Process] = {}
         for process in psutil.process_iter():
             try:
                 if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self.mark:
-                    found[_role(process)] = process
+                    # A process about to become another still has its parent's name: the first of a name counts.
+                    found.setdefault(_role(process), process)
             except psutil.Error:
                 continue  # it ended, or is not ours
         return found
@@ -102,7 +107,7 @@ class Run:
     def note_shared_files(self) -> None:
         """Remember which files in shared memory the run has mapped now, to look for them later."""
         for process in self.processes().values():
-            text = Path(f"/proc/{process.pid}/maps").read_text()
+            text = _read_proc(process, "maps")
             self._shared_files.update(re.findall(r"/dev/shm/\S+", text))
 
     def leftovers(self) -> list[str]:
@@ -126,9 +131,15 @@ class Run:
 
 def handles_sigterm(process: psutil.Process) -> bool:
     """Whether a rank is past the start of its interpreter: from then on it notices what happens to others."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    caught = int(re.findall(r"SigCgt:\s*(\w+)", status)[0], 16)
-    return bool(caught & 1 << 14)
+    caught = re.search(r"SigCgt:\s*(\w+)", _read_proc(process, "status"))
+    return caught is not None and bool(int(caught[1], 16) & 1 << signal.SIGTERM - 1)
+
+
+def _read_proc(process: psutil.Process, name: str) -> str:
+    try:
+        return Path(f"/proc/{process.pid}/{name}").read_text()
+    except OSError:
+        return ""
 
 
 def _role(process: psutil.Process) -> str:
@@ -149,11 +160,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def config_arguments(path: Path, settings: dict[str, object], *more: str) -> Sequence[str]:
-    """Write `settings` as a run's config to `path`, and give the arguments that use it."""
-    import yaml
-
-    path.write_text(yaml.safe_dump(settings))
-    return ("--config", str(path), *more)

@@ -288,6 +288,7 @@ class ShadowExecutor:
         if not self.waiting:
             assert self.is_input_closed
             return
+        assert not any(isinstance(batch, DecodeBatch) for batch in self.batches.values())
         head = next(iter(self.waiting.values())).spec
         num_coming = sum(shadow.host_num_reserved for shadow in self.live.values() if shadow.swapping_in)
         held = {seq_id: s.host_num_reserved or len(s.gpu) for seq_id, s in self.live.items() if not s.ended}

@@ -12,6 +12,7 @@ from scheduler_executor import STOP, Job, ShadowExecutor
 
 from seesaw_ds.layout import Phase
 from seesaw_ds.requests import FinishReason
+from seesaw_ds.sched.decode import DecodeGroups
 from seesaw_ds.sched.output import (
     Action,
     DecodeBatch,
@@ -31,6 +32,7 @@ from seesaw_ds.sched.output import (
     SwapOutDone,
     SwitchPhase,
 )
+from seesaw_ds.sched.pools import KvPools
 from seesaw_ds.sched.prefetch import LengthForecast, Resident, expected_peak
 from seesaw_ds.sched.scheduler import Scheduler
 from seesaw_ds.sched.sequence import Sequence
@@ -379,6 +381,53 @@ class TestEviction:
         assert scheduler.stats().num_evictions == 0
 
 
+class TestVictims:
+    """Who gives way on a full GPU; each sequence holds whole blocks of 4 tokens and wants one more."""
+
+    def build(self, sizes: list[int], **changes: int) -> tuple[KvPools, DecodeGroups, list[Sequence]]:
+        sizes_limits = limits(**{"num_gpu_blocks": sum(sizes), **changes})
+        pools = KvPools(sizes_limits)
+        groups = DecodeGroups(sizes_limits, pools)
+        sequences = []
+        for order, size in enumerate(sizes):
+            seq = Sequence(SequenceSpec(order, 4 * size, 9), order, block_size=4)
+            pools.admit(seq)
+            pools.free_prefill(seq)
+            seq.num_issued_tokens = seq.num_output_tokens = 1
+            pools.start_swap_in(seq)
+            pools.finish_swap_in(seq)
+            groups.join(seq)
+            sequences.append(seq)
+        return pools, groups, sequences
+
+    def victims(self, groups: DecodeGroups) -> list[int]:
+        assert groups.next_batch(0) is None
+        return [seq.seq_id for seq in iter(groups.pop_victim, None)]
+
+    def test_the_newest_even_if_it_lacks_a_block_itself(self) -> None:
+        _, groups, _ = self.build([2, 2, 2])
+        assert self.victims(groups) == [2]
+
+    def test_as_many_as_the_rows_lack(self) -> None:
+        _, groups, _ = self.build([1, 1, 1, 1, 1])
+        assert self.victims(groups) == [4, 3, 2]
+
+    def test_never_the_designated(self) -> None:
+        pools, groups, _ = self.build([3, 3], num_host_blocks=5)
+        pools.reserve.designate(1)
+        assert self.victims(groups) == [0]
+
+    def test_none_while_a_sequence_in_its_last_step_will_free_enough(self) -> None:
+        _, groups, sequences = self.build([3, 1, 1])
+        sequences[0].num_issued_tokens = sequences[0].spec.max_tokens
+        assert self.victims(groups) == []
+
+    def test_only_as_many_as_the_host_takes(self) -> None:
+        pools, groups, _ = self.build([3, 3, 3, 1, 1, 1, 1], num_host_blocks=40)
+        pools.host.allocate(pools.host.num_free - 1)
+        assert self.victims(groups) == [6]
+
+
 class TestAbort:
     def test_in_every_state(self) -> None:
         """Abort after each number of events; what is left of the run must free everything."""
@@ -416,6 +465,7 @@ class TestForecast:
         residents = [Resident(3, 5, 20), Resident(3, 2, 8)]
         assert expected_peak(residents, 4, float("inf")) == 10  # both, just before the second ends
         assert expected_peak(residents[:1], 4, float("inf")) == 8
+        assert expected_peak([Resident(3, 4, 20)], 4, float("inf")) == 7
         assert expected_peak([], 4, float("inf")) == 0
 
     def test_expected_peak_is_now_when_most_stop_soon(self) -> None:
@@ -432,6 +482,10 @@ class TestForecast:
         forecast.add_stopped()
         assert forecast.mean_tokens == 15
         assert LengthForecast(200).mean_tokens == 200
+
+    def test_guess_below_one(self) -> None:
+        with pytest.raises(ValueError, match="expected_output_tokens=0: must be at least 1"):
+            Scheduler(limits(), expected_output_tokens=0)
 
 
 def test_stats_count_every_live_sequence_once() -> None:
