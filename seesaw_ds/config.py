@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -112,8 +113,8 @@ def _check_values(run: RunConfig) -> None:
             raise UserError(f"{name}={value}: must be at least 1")
     if not 0.0 < run.gpu_memory_utilization <= 1.0:
         raise UserError(f"gpu_memory_utilization={run.gpu_memory_utilization}: must be above 0 and at most 1")
-    if run.kv_offloading_size <= 0.0:
-        raise UserError(f"kv_offloading_size={run.kv_offloading_size}: must be above 0 (GiB)")
+    if not 0.0 < run.kv_offloading_size < math.inf:
+        raise UserError(f"kv_offloading_size={run.kv_offloading_size}: must be above 0 and finite (GiB)")
     if not -(2**63) <= run.seed < 2**63:
         raise UserError(f"seed={run.seed}: must fit in 64 bits")
     try:

@@ -84,6 +84,11 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         )
     try:
         num_heads = int(config["num_attention_heads"])
+        num_kv_heads = int(config.get("num_key_value_heads") or num_heads)
+        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise UserError(
+                f"num_attention_heads={num_heads} in config.json: must be a multiple of num_key_value_heads={num_kv_heads}"
+            )
         hidden_size = int(config["hidden_size"])
         dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
         shape = ModelShape(
@@ -91,7 +96,7 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
             num_layers=int(config["num_hidden_layers"]),
             hidden_size=hidden_size,
             num_heads=num_heads,
-            num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
+            num_kv_heads=num_kv_heads,
             head_dim=int(config.get("head_dim") or hidden_size // num_heads),
             intermediate_size=int(config["intermediate_size"]),
             vocab_size=int(config["vocab_size"]),

@@ -64,26 +64,28 @@ def llama_config(**changes: Any) -> LlamaConfig:
 def make_llama(folder: Path, *, seed: int = 0, max_shard_size: str = "50GB", **changes: Any) -> LlamaForCausalLM:
     """Write a float32 model of `llama_config(**changes)` to `folder` and return it, ready to generate.
 
-    Weights are larger than a trained model's at the start, so that logits are well apart and two ways of adding up
-    the same sums choose the same tokens. `max_shard_size` ("100KB") makes several safetensors files with an index.
+    Weights are larger than usual in a fresh model, so that logits are well apart and two ways of adding up the same
+    sums choose the same tokens. `max_shard_size` ("100KB") makes several safetensors files with an index.
     """
     generator = torch.Generator().manual_seed(seed)
     model = LlamaForCausalLM(llama_config(**changes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, generator=generator)
-            is_norm = parameter.dim() == 1
-            parameter.copy_(1.0 + 0.1 * values if is_norm else values / _input_size(name, parameter) ** 0.5)
+            if parameter.dim() == 1:
+                parameter.copy_(1.0 + 0.1 * values)
+            elif "embed_tokens" in name:
+                # A tied embedding this small leaves the choice of the next token to the layers, not to the last token.
+                parameter.copy_(0.2 * values if model.config.tie_word_embeddings else values)
+            else:
+                parameter.copy_(values / parameter.shape[1] ** 0.5)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model
 
 
-def _input_size(name: str, weight: torch.Tensor) -> int:
-    """How many values one output is a sum of; 1 for the embedding's rows, which are looked up."""
-    return 1 if "embed_tokens" in name else weight.shape[1]
-
-
-def greedy_tokens(model: LlamaForCausalLM, prompt: list[int], max_tokens: int, *, ignore_eos: bool = False) -> list[int]:
+def greedy_tokens(
+    model: LlamaForCausalLM, prompt: list[int], max_tokens: int, *, ignore_eos: bool = False
+) -> list[int]:
     """What `transformers` generates after `prompt` with temperature 0; the end token, if it comes, is included."""
     output = model.generate(
         torch.tensor([prompt]),

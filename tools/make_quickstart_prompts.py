@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from make_tiny_model import SYSTEM_PROMPT, Doc, read_docstrings
+from tiny_corpus import SYSTEM_PROMPT, Doc, read_docstrings
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -59,10 +59,10 @@ QUESTIONS: list[tuple[str, str, dict[str, Any]]] = [
         {"temperature": 1.0, "top_k": 20, "seed": 3, "max_tokens": 80},
     ),
     ("chat-logprobs", "What does glob.glob do?", {"logprobs": True, "top_logprobs": 3, "max_tokens": 32}),
-    ("chat-stop", "What is fractions.Fraction?", {"stop": ["\n\n"], "max_tokens": 96}),
+    ("chat-stop", "What is collections.OrderedDict?", {"stop": ["\n\n"], "max_tokens": 96}),
     (
         "chat-penalties",
-        "Explain calendar.Calendar.",
+        "Describe the class random.SystemRandom.",
         {"frequency_penalty": 0.5, "presence_penalty": 0.2, "max_tokens": 64},
     ),
 ]
@@ -79,7 +79,7 @@ TEXT_STARTS: list[tuple[str, str, dict[str, Any]]] = [
     ("text-no-limit", "textwrap.wrap\n\nWrap a single paragraph", {}),
     ("text-ignore-eos", "queue.LifoQueue\n\n", {"ignore_eos": True, "max_tokens": 48}),
     ("text-logprobs", "random.Random.choice\n\nChoose", {"logprobs": 2, "max_tokens": 24}),
-    ("text-two", "operator.itemgetter\n\n", {"n": 2, "temperature": 0.9, "seed": 5, "max_tokens": 40}),
+    ("text-two", "bisect.bisect_left\n\n", {"n": 2, "temperature": 0.9, "seed": 5, "max_tokens": 40}),
     ("text-stop", "threading.Barrier\n\n", {"stop": ".", "include_stop_str_in_output": True, "max_tokens": 64}),
     ("text-min-p", "collections.OrderedDict\n\n", {"temperature": 1.0, "min_p": 0.1, "seed": 9, "max_tokens": 40}),
 ]
@@ -92,7 +92,7 @@ DIGESTS = [
     ("digest-threading", "threading", 5200, 96),
     ("digest-shutil", "shutil", 6200, 200),
     ("digest-dataclasses", "dataclasses", 2800, 64),
-    ("digest-csv", "csv", 500, 48),
+    ("digest-secrets", "secrets", 700, 48),
     ("digest-textwrap", "textwrap", 3600, 128),
 ]
 
@@ -103,26 +103,37 @@ CONTINUATIONS = [
     ("more-random", "random", 3000, 80),
     ("more-contextlib", "contextlib", 2400, 120),
     ("more-tempfile", "tempfile", 3300, 64),
-    ("more-calendar", "calendar", 1400, 100),
+    ("more-copy", "copy", 1400, 100),
     ("more-functools", "functools", 1900, 48),
     ("more-heapq", "heapq", 2700, 72),
     ("more-uuid", "uuid", 3800, 40),
-    ("more-operator", "operator", 800, 32),
+    ("more-bisect", "bisect", 800, 32),
     ("more-fnmatch", "fnmatch", 600, 56),
 ]
 
+# custom_id, then the user's and the assistant's turns
 CONVERSATIONS = [
-    ("talk-heap", ["What is the module heapq for?", "Heap queue algorithm (a.k.a. priority queue).", "Explain heapq.heappush."]),
-    ("talk-json", ["What does json.dumps do?", "Serialize ``obj`` to a JSON formatted ``str``.", "What does json.loads do?"]),
+    (
+        "talk-heap",
+        "What is the module heapq for?", "Heap queue algorithm (a.k.a. priority queue).",
+        "Explain heapq.heappush.",
+    ),
+    (
+        "talk-json",
+        "What does json.dumps do?", "Serialize ``obj`` to a JSON formatted ``str``.",
+        "What does json.loads do?",
+    ),
     (
         "talk-thread",
-        [
-            "What is threading.Thread?", "A class that represents a thread of control.",
-            "How does threading.Thread.start work?", "Start the thread's activity.",
-            "How does threading.Thread.join work?",
-        ],
+        "What is threading.Thread?", "A class that represents a thread of control.",
+        "How does threading.Thread.start work?", "Start the thread's activity.",
+        "How does threading.Thread.join work?",
     ),
-    ("talk-copy", ["Tell me about the copy module.", "Generic (shallow and deep) copying operations.", "Explain copy.copy."]),
+    (
+        "talk-copy",
+        "Tell me about the copy module.", "Generic (shallow and deep) copying operations.",
+        "Explain copy.copy.",
+    ),
 ]  # fmt: skip
 
 
@@ -141,7 +152,7 @@ def question_lines() -> Iterator[dict[str, Any]]:
     for index, (custom_id, question, options) in enumerate(QUESTIONS):
         system = [{"role": "system", "content": SYSTEM_PROMPT}] if index % 4 == 0 else []
         yield batch_line(custom_id, CHAT, {"messages": [*system, {"role": "user", "content": question}], **options})
-    for custom_id, turns in CONVERSATIONS:
+    for custom_id, *turns in CONVERSATIONS:
         roles = ["user", "assistant"] * len(turns)
         messages = [{"role": role, "content": turn} for role, turn in zip(roles, turns)]
         yield batch_line(custom_id, CHAT, {"messages": messages, "max_tokens": 64})

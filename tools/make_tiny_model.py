@@ -2,56 +2,51 @@
 
     python tools/make_tiny_model.py models/tiny
 
-The text is docstrings of Python's own standard library, as plain text and as questions and answers, so that both completions and chats from the model read like text and often end by themselves. The
-folder written is an ordinary Hugging Face one: config, generation config, safetensors, tokenizer, chat
-template. Seeds, data order and the number of steps are fixed: the same Python and torch on the same kind of
-CPU give the same weights.
+The text is docstrings of Python's own standard library, as plain text and as questions and answers, so both
+completions and chats from the model read like text and often end by themselves. The folder written is an
+ordinary Hugging Face one: config, generation config, safetensors, tokenizer, chat template. Seeds, data order
+and the number of steps are fixed: the same Python and torch on the same kind of CPU give the same weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import math
 import os
-import random
 import shutil
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-BEGIN, END, PAD = "<|begin|>", "<|end|>", "<|pad|>"
-SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
-SPECIAL_TOKENS = [BEGIN, END, PAD, SYSTEM, USER, ASSISTANT]
-CHAT_TEMPLATE = (
-    "{{ '" + BEGIN + "' }}"
-    "{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '" + END + "' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
+from tiny_corpus import (
+    ASSISTANT,
+    BEGIN,
+    CHAT_TEMPLATE,
+    END,
+    PAD,
+    QUESTIONS,
+    SPECIAL_TOKENS,
+    SYSTEM,
+    SYSTEM_PROMPT,
+    USER,
+    Doc,
+    Example,
+    read_docstrings,
+    training_examples,
 )
-SYSTEM_PROMPT = "You answer questions about the Python standard library."
 
 MAX_LENGTH = 2048
 ROW_TOKENS = 256
 ROWS_PER_STEP = 4
 LONG_STEP_EVERY = 20  # one such step trains a single row of MAX_LENGTH, so that every position is learnt
-DEFAULT_STEPS = 180
+DEFAULT_STEPS = 220
 SEED = 0
-
-# Few enough modules that a model of this size learns them nearly by heart, and so writes whole sentences.
-MODULES = (
-    "bisect", "calendar", "collections", "contextlib", "copy", "csv", "dataclasses", "fnmatch", "fractions",
-    "functools", "glob", "heapq", "json", "operator", "queue", "random", "secrets", "shutil", "statistics",
-    "string", "tempfile", "textwrap", "threading", "uuid",
-)  # fmt: skip
 
 
 class Muon(torch.optim.Optimizer):
@@ -91,87 +86,6 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
         gram = x @ x.mT
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
     return x.mT if is_tall else x
-
-
-class Doc(NamedTuple):
-    """One docstring: the dotted name of its owner, "module", "class" or "function", and the cleaned text."""
-
-    name: str
-    kind: str
-    text: str
-
-
-def read_docstrings(stdlib: Path, modules: Sequence[str] = MODULES) -> list[Doc]:
-    """The docstrings of what is public in `modules` of the folder `stdlib`, in order of module, path and line."""
-    docs: list[Doc] = []
-    for module in modules:
-        for path in sorted([*stdlib.glob(f"{module}.py"), *stdlib.glob(f"{module}/**/*.py")]):
-            parts = list(path.relative_to(stdlib).with_suffix("").parts)
-            if parts[-1] == "__init__":
-                parts.pop()
-            if not any(part.startswith("_") for part in parts):
-                tree = ast.parse(path.read_text(encoding="utf-8"))
-                docs.extend(_docs_of(tree, ".".join(parts), "module"))
-    return docs
-
-
-def _docs_of(
-    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str, kind: str
-) -> Iterator[Doc]:
-    text = ast.get_docstring(node)
-    if text:
-        yield Doc(name, kind, text.strip())
-    for child in node.body:
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not child.name.startswith("_"):
-            child_kind = "class" if isinstance(child, ast.ClassDef) else "function"
-            yield from _docs_of(child, f"{name}.{child.name}", child_kind)
-
-
-def first_paragraphs(text: str, limit: int) -> str:
-    """Whole paragraphs of `text` up to `limit` characters, and at least the first one (cut at `limit`)."""
-    kept, size = [], 0
-    for paragraph in text.split("\n\n"):
-        size += len(paragraph) + 2
-        if kept and size > limit:
-            break
-        kept.append(paragraph)
-    return "\n\n".join(kept)[:limit]
-
-
-QUESTIONS = {
-    "module": ("What is the module {} for?", "What is in {}?", "Tell me about the {} module."),
-    "class": ("What is {}?", "Describe the class {}.", "When would I use {}?"),
-    "function": ("What does {} do?", "Explain {}.", "How does {} work?"),
-}
-
-
-class Example(NamedTuple):
-    """A training text in two parts: the loss counts only tokens of `completion`."""
-
-    prompt: str
-    completion: str
-
-
-def plain_example(doc: Doc) -> Example:
-    text = first_paragraphs(doc.text, 2000 if doc.kind == "module" else 300)
-    return Example(BEGIN, f"{doc.name}\n\n{text}{END}")
-
-
-def chat_examples(doc: Doc) -> list[Example]:
-    """Each way to ask about `doc`; one of them with the system prompt."""
-    systems = (f"{SYSTEM}{SYSTEM_PROMPT}{END}", "", "")
-    answer = first_paragraphs(doc.text, 300)
-    return [
-        Example(f"{BEGIN}{system}{USER}{question.format(doc.name)}{END}{ASSISTANT}", f"{answer}{END}")
-        for system, question in zip(systems, QUESTIONS[doc.kind])
-    ]
-
-
-def training_examples(docs: list[Doc]) -> list[Example]:
-    """Every docstring as plain text and as chats, shuffled."""
-    examples = [plain_example(doc) for doc in docs] + [chat for doc in docs for chat in chat_examples(doc)]
-    random.Random(SEED).shuffle(examples)
-    return examples
 
 
 def train_tokenizer(docs: list[Doc], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -33,6 +33,8 @@ POLL_SECONDS = 0.25
 STAY_SECONDS = 1.5
 # ... and waits this long for the processes it watches, then kills them.
 PATIENCE_SECONDS = 5.0
+# An error that another's death causes may be seen this long before the death is.
+ECHO_SECONDS = 1.0
 # Ranks that are dismissed may still be starting their interpreter.
 DISMISSAL_SECONDS = 20.0
 
@@ -78,7 +80,7 @@ class Lifeline:
             self._watched.pop(process, None)
 
     def own(self, pid: int) -> None:
-        """Kill the child `pid` when this process is ended by its lifeline. Children that are gone are ignored."""
+        """End the child `pid` when this process is ended by its lifeline. Children that are gone are ignored."""
         with contextlib.suppress(RuntimeError):
             self._owned[pid] = ProcessId.of("child", pid)
 
@@ -91,8 +93,15 @@ class Lifeline:
     def fail(self, message: str, exit_code: int = 1, details: str = "") -> NoReturn:
         """End this process and with it the run: print `details` (a traceback) and "error: message".
 
-        Of all the processes that fail, only the first prints.
+        Of all the processes that fail, only the first prints. An error with details that comes with the death of a
+        watched process, such as a broken connection, is taken for its consequence: the dead one is named instead.
         """
+        deadline = time.monotonic() + ECHO_SECONDS
+        while details and time.monotonic() < deadline:
+            dead = self._first_dead()
+            if dead is not None:
+                self._end(_obituary(dead), 1)
+            time.sleep(0.02)
         self._end(f"{details.rstrip()}\nerror: {message}".lstrip(), exit_code)
 
     def dismiss(self) -> NoReturn:
@@ -131,7 +140,7 @@ class Lifeline:
                 os._exit(0)
             dead = self._first_dead()
             if dead is not None:
-                self._end(f"error: {dead} died; stopping the run. {_KEPT}", 1)
+                self._end(_obituary(dead), 1)
             if signal.SIGTERM in signals:
                 self._end(None, 128 + signal.SIGTERM)
             if _is_bound(self._address):
@@ -155,7 +164,8 @@ class Lifeline:
         if claim is not None and words is not None:
             _print_to_stderr(words)
         for child in tuple(self._owned.values()):
-            child.kill()
+            # A child may be the speaker: it goes on when told to end, while one that is only starting does not.
+            child.kill(signal.SIGTERM if claim is None else signal.SIGKILL)
         if claim is not None:
             time.sleep(STAY_SECONDS)
             self._outlive(PATIENCE_SECONDS - STAY_SECONDS)
@@ -183,6 +193,10 @@ class Lifeline:
             others = [process for process in others if process.is_alive()]
         for process in others:
             process.kill()
+
+
+def _obituary(dead: ProcessId) -> str:
+    return f"error: {dead} died; stopping the run. {_KEPT}"
 
 
 def _is_bound(address: str) -> bool:

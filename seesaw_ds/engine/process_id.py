@@ -60,11 +60,11 @@ class ProcessId:
         stat = _read_stat(self.pid)
         return stat is not None and stat.create_time == self.create_time and stat.state not in ("Z", "X")
 
-    def kill(self) -> None:
-        """Send SIGKILL if it is alive."""
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        """Send it a signal if it is alive."""
         if self.is_alive():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
+                os.kill(self.pid, signum)
 
 
 def launcher_ancestors() -> list[ProcessId]:
@@ -84,7 +84,7 @@ def launcher_ancestors() -> list[ProcessId]:
 
 
 def missing_launcher(launchers: Iterable[ProcessId]) -> str | None:
-    """What to call the launcher's process that `launcher_ancestors` should have found and did not; None if all are there.
+    """The name of the launcher's process that `launcher_ancestors` should have found and did not, if any.
 
     Processes whose parent dies get another one, so a launcher that died before this process looked is not among its
     ancestors. Only the node's launcher is expected where the command was given on another node.

@@ -60,7 +60,7 @@ def _files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, OSError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
             raise UserError(f"model={str(folder)!r}: {index.name} cannot be read ({error!r})") from None
         paths = [folder / name for name in names]
     else:
@@ -86,13 +86,15 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
             (header_bytes,) = struct.unpack("<Q", prefix)
             if header_bytes > min(size - 8, _MAX_HEADER_BYTES):
                 raise UserError(f"{path}: not a safetensors file, or truncated within its header; fetch it again")
-            header: dict[str, Any] = json.loads(file.read(header_bytes))
+            header: Any = json.loads(file.read(header_bytes))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not a safetensors file: its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: not a safetensors file: its header is not a JSON object")
     header.pop("__metadata__", None)
     entries = {}
     end = 0

@@ -13,6 +13,7 @@ from collections import Counter
 from seesaw_ds.layout import Phase
 from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.sched.decode import DecodeGroups
+from seesaw_ds.sched.forecast import LengthForecast
 from seesaw_ds.sched.output import (
     Action,
     DecodeBatch,
@@ -31,7 +32,7 @@ from seesaw_ds.sched.output import (
     SwitchPhase,
 )
 from seesaw_ds.sched.pools import KvPools
-from seesaw_ds.sched.prefetch import LengthForecast, Prefetcher
+from seesaw_ds.sched.prefetch import Prefetcher
 from seesaw_ds.sched.prefill import PrefillQueue
 from seesaw_ds.sched.sequence import Sequence, SequenceState
 from seesaw_ds.sched.stats import SchedulerStats, TransitionReason
@@ -197,6 +198,7 @@ class Scheduler:
 
     def update(self, event: Event) -> list[Finished]:
         """Take the answer to an action; returns the sequences that ended with it."""
+        self._prefetcher.notice_event()
         if isinstance(event, DecodeDone):
             return self._on_decode_done(event)
         if isinstance(event, PrefillDone):

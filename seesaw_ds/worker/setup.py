@@ -73,6 +73,7 @@ class Engine:
     pool_sizes: PoolSizes
 
     def close(self) -> None:
+        self.decode.read_all_tokens()  # the last steps' tokens: their sends complete only when somebody receives
         for link in self.links:
             link.drain()
         self.reshard.close()
@@ -87,9 +88,8 @@ def init_distributed() -> None:
         torch.device("cpu") if accelerator.device_name() == "cpu" else torch.device(accelerator.device_name(local_rank))
     )
     devices.set_device(device)
-    dist.init_process_group(
-        accelerator.communication_backend_name(), device_id=device if devices.is_cuda(device) else None
-    )
+    # No device_id: it would make communicators eagerly, and then a pipeline's sends and receives queue behind each other.
+    dist.init_process_group(accelerator.communication_backend_name())
 
 
 def build_engine(run: RunConfig, timer: StartUpTimer) -> Engine:

@@ -203,6 +203,7 @@ class _Frontend:
             self._send(identity, wire.AddSequences(batch, is_last=len(batch) < message.num_sequences))
         elif isinstance(message, wire.Results):
             for result in message.results:
+                assert result.seq_id in self._open, f"sequence {result.seq_id} ended twice, or after its abort"
                 self._open.remove(result.seq_id)
                 self._outcome.results[result.seq_id] = result
         elif isinstance(message, wire.NewTokens):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from engine_run import run_engine
 from models import ROPE_SCALINGS
@@ -11,7 +9,7 @@ from workload import Workload, make_workload, run_config
 
 from seesaw_ds.requests import FinishReason
 
-NUM_REQUESTS = 64
+NUM_REQUESTS = 48
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -31,18 +31,18 @@ class Workload:
 
 
 def run_config(folder: Path, layouts: str, **changes: Any) -> RunConfig:
-    """A run with pools of few blocks: about five prompts on the host and as many running."""
+    """A run with pools of few blocks: about six prompts fit the host pool and three the GPU's."""
     run = RunConfig(
         model=str(folder),
         input="",
         output="",
         layouts=layouts,
         max_model_len=MAX_MODEL_LEN,
-        max_num_seqs=8,
-        max_num_batched_tokens=64,
+        max_num_seqs=16,
+        max_num_batched_tokens=96,
         kv_block_size=4,
-        num_gpu_kv_blocks=80,
-        num_host_kv_blocks=80,
+        num_gpu_kv_blocks=48,
+        num_host_kv_blocks=100,
     )
     return replace(run, **changes)
 
@@ -64,8 +64,8 @@ def make_workload(folder: Path, num_requests: int, *, seed: int = 0, **changes: 
     requests = []
     for seq_id in range(num_requests):
         is_first_half = 2 * seq_id < num_requests
-        num_prompt_tokens = choice.randint(5, 120 if is_first_half else 60)
-        max_tokens = choice.randint(1 if is_first_half else 25, 40)
+        num_prompt_tokens = choice.randint(5, 120 if is_first_half else 40)
+        max_tokens = choice.randint(*((1, 40) if is_first_half else (20, 30)))
         request = SequenceRequest(
             seq_id=seq_id,
             prompt_token_ids=tuple(choice.randrange(model.config.vocab_size) for _ in range(num_prompt_tokens)),

@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from job import SETTINGS, make_model, write_job
-from launcher import Run
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-StartRun = Callable[..., Run]
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model's folder, and the model and tokenizer in it."""
-
-    folder: Path
-    llama: LlamaForCausalLM
-    tokenizer: PreTrainedTokenizerFast
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run that has ended: its settings, exit code, output files and what it said."""
-
-    settings: Mapping[str, object]
-    exit_code: int
-    output: Path
-    summary: Path
-    timeline: Path
-    said: str
-    leftovers: list[str]
+from job import SETTINGS, Model, make_model, write_job
+from launcher import Job, Run, StartRun
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,8 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     """A random Llama with a tokenizer of one token a byte."""
-    folder = tmp_path_factory.mktemp("model")
-    return Model(folder, *make_model(folder))
+    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")

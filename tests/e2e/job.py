@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models import make_llama
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from models import make_llama
 
 BEGIN, END, USER, ASSISTANT = SPECIAL_TOKENS = ("<|begin|>", "<|end|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -23,7 +24,7 @@ CHAT_TEMPLATE = (
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 MAX_MODEL_LEN = 192
 NUM_GREEDY = 24
-WORDS = "a batch of prompts goes in, completions come out, and no line of it is lost whatever dies on the way".split()
+TEXT = "a batch of prompts goes in, completions come out, and no line of it is lost whatever dies on the way"
 
 SETTINGS: dict[str, object] = {
     "dtype": "float32",
@@ -42,6 +43,15 @@ Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Model:
+    """A model's folder, and the model and tokenizer in it."""
+
+    folder: Path
+    llama: LlamaForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
 class BadLine:
     """A line as text, and what its error must say. `custom_id` is None where the line has none of its own."""
 
@@ -52,9 +62,9 @@ class BadLine:
     custom_id: str | None = None
 
 
-def make_model(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Write a random model with a tokenizer of one token a byte to `folder`, and return both."""
-    model = make_llama(folder, vocab_size=VOCAB_SIZE)
+def make_model(folder: Path) -> Model:
+    """Write a random model with a tokenizer of one token a byte to `folder`."""
+    llama = make_llama(folder, vocab_size=VOCAB_SIZE)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE({token: i for i, token in enumerate((*SPECIAL_TOKENS, *alphabet))}, []))
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
@@ -65,7 +75,7 @@ def make_model(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]
         tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, chat_template=CHAT_TEMPLATE
     )
     fast.save_pretrained(folder)
-    return model, fast
+    return Model(folder, llama, fast)
 
 
 def completion(custom_id: str, prompt: object, **body: object) -> Line:
@@ -83,7 +93,7 @@ def good_lines() -> list[Line]:
     rng = random.Random(1)
 
     def text() -> str:
-        return " ".join(rng.choices(WORDS, k=rng.randint(1, 14)))
+        return " ".join(rng.choices(TEXT.split(), k=rng.randint(1, 14)))
 
     lines: list[Line] = []
     for i in range(NUM_GREEDY):

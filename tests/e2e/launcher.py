@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -127,6 +128,23 @@ class Run:
                 process.kill()
             time.sleep(0.05)
         self.command.wait()
+
+
+StartRun = Callable[..., Run]
+"""Starts a run that the test's end ends; the arguments are those of `Run`."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that has ended: its settings, exit code, output files, what it said and what it left behind."""
+
+    settings: Mapping[str, object]
+    exit_code: int
+    output: Path
+    summary: Path
+    timeline: Path
+    said: str
+    leftovers: list[str]
 
 
 def handles_sigterm(process: psutil.Process) -> bool:

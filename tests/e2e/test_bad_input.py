@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Job
+
 from job import BadLine, Line, bad_lines, good_lines, read_records, record_key
+from launcher import Job
 
 
 @pytest.fixture(scope="module")

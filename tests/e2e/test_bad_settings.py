@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Job, Model, StartRun
-from job import MAX_MODEL_LEN
 
+from job import MAX_MODEL_LEN, Model
+from launcher import Job, StartRun
 from seesaw_ds.batch.journal import ResultJournal
 from seesaw_ds.engine.preflight import check_run, is_finished, load_config
 from seesaw_ds.errors import UserError
@@ -94,7 +94,7 @@ def test_model_that_does_not_fit_is_named(settings: Settings, sizes: dict[str, o
         (lambda data: data[:4], "too short"),
         (lambda data: b"version https://example.com/spec/v1\n" * 9, "not a safetensors file"),
         (lambda data: data[:8] + b"x" * (len(data) - 8), "its header is not JSON"),
-        (lambda data: (2).to_bytes(8, "little") + b"[]", "its header is not JSON"),
+        (lambda data: (2).to_bytes(8, "little") + b"[]", "its header is not a JSON object"),
     ],
     ids=["half", "header", "bytes", "text", "garbage", "list"],
 )

@@ -6,13 +6,13 @@ import random
 import re
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import Job, StartRun
-from job import assert_same_results, read_records
-from launcher import Run, handles_sigterm, wait_until
 
+from job import assert_same_results, read_records
+from launcher import Job, Run, StartRun, handles_sigterm, wait_until
 from seesaw_ds.engine.process_id import LAUNCH_NAME, RUNNER_NAME
 
 # From the death of one process to the end of all.
@@ -63,10 +63,9 @@ def wait_for_moment(run: Run, kill: Kill, output: Path) -> None:
         assert run.command.poll() is None, f"the job ended before it could be disturbed\n{run.output}"
         return
     run.wait_for(kill.role)
-    if kill.role != RUNNER_NAME:
-        # Before the ranks' interpreters are up, nobody is there who could speak.
-        for rank in RANKS:
-            wait_until(lambda process=run.wait_for(rank): handles_sigterm(process), f"{rank}\n{run.output}")
+    # Before the ranks' interpreters are up, nobody is there who could speak.
+    for rank in RANKS:
+        wait_until(partial(handles_sigterm, run.wait_for(rank)), f"{rank}\n{run.output}")
     time.sleep(kill.delay_seconds)
 
 

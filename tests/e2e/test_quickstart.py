@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
-from conftest import Job, Model
-from job import Line, good_lines, read_records
+
+from job import Line, Model, good_lines, read_records
+from launcher import Job
 
 RANK_TRACKS = {"compute", "swap-out", "swap-in", "re-shard", "wait"}
 SUMMARY_KEYS = [

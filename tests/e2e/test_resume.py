@@ -6,8 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
-from conftest import Job, StartRun
 from job import assert_same_results, completion, read_records
+from launcher import Job, StartRun
 
 
 def copy_results(job: Job, folder: Path) -> Path:

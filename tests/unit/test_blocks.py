@@ -89,6 +89,18 @@ class TestReserve:
         assert reserve.allows_growth(1)
         reserve.check_integrity()
 
+    def test_designation_ends_when_the_rule_allows_others(self) -> None:
+        reserve = Reserve(10)
+        reserve.add(0, held=2, peak=5)
+        reserve.add(1, held=2, peak=5)
+        reserve.add(2, held=1, peak=1)
+        assert not reserve.allows_growth(1)
+        reserve.designate(2)
+        reserve.remove(0)
+        assert reserve.designated == 2
+        assert reserve.allows_growth(1)  # 6 free >= 3 + 3
+        assert reserve.designated is None
+
     def test_maxima_follow_when_the_largest_leaves(self) -> None:
         reserve = Reserve(20)
         reserve.add(0, held=6, peak=10)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from seesaw_ds.engine.lifeline import Lifeline
-from seesaw_ds.engine.process_id import LAUNCH_NAME, RUNNER_NAME, ProcessId
+from seesaw_ds.engine.process_id import LAUNCH_NAME, RUNNER_NAME, ProcessId, missing_launcher, ranks_of
 
 REPOSITORY = Path(__file__).parents[2]
 # All ends within 2 s on an idle machine: a poll, then the speaker's stay.
@@ -41,6 +41,8 @@ for order in sys.stdin:
     elif order.startswith("own "):
         lifeline.own(int(order[4:]))
         print("owned", flush=True)
+    elif order == "dismiss\\n":
+        lifeline.dismiss()
     elif order == "spin\\n":
         while True:
             time.sleep(100)
@@ -163,6 +165,33 @@ def test_two_failures_print_once_and_end_the_rest(start_run):
     assert run.stderr == "Traceback: here\nerror: no model\n"
 
 
+def test_error_that_follows_a_death_is_told_as_the_death(start_run):
+    run = start_run("worker 0", "worker 1")
+    dead = run.members["worker 1"]
+    dead.kill()
+    run.tell(run.members["worker 0"], "fail the connection is closed")
+    assert run.exit_codes(within_seconds=LIMIT_SECONDS) == [1, -signal.SIGKILL]
+    assert run.stderr.startswith(f"error: worker 1 (pid {dead.pid}) died")
+    assert "Traceback" not in run.stderr
+
+
+def test_child_that_speaks_is_not_killed_by_its_parent(start_run):
+    run = start_run("worker 0", "worker 1", "frontend")
+    frontend = run.members["frontend"]
+    assert run.ask(run.members["worker 0"], f"own {frontend.pid}") == "owned"
+    run.tell(frontend, "fail no tokenizer")
+    assert run.exit_codes(within_seconds=LIMIT_SECONDS) == [1, 1, 3]
+    assert run.stderr == "Traceback: here\nerror: no tokenizer\n"
+
+
+def test_dismissal_ends_all_with_success_and_in_silence(start_run):
+    run = start_run("worker 0", "worker 1", "worker 2")
+    run.tell(run.members["worker 0"], "dismiss")
+    run.tell(run.members["worker 2"], "spin")
+    assert run.exit_codes(within_seconds=LIMIT_SECONDS) == [0, 0, 0]
+    assert run.stderr == ""
+
+
 def test_interrupt_of_all_is_said_once(start_run):
     run = start_run("worker 0", "worker 1", "frontend")
     for member in run.members.values():
@@ -277,3 +306,29 @@ def test_launcher_ancestors_are_found_nearest_first(tmp_path):
     runner_pid, launch_pid, found = run.stdout.splitlines()
     expected = f'[["{LAUNCH_NAME}", {launch_pid}], ["{RUNNER_NAME}", {runner_pid}]]'
     assert found.startswith(expected[:-1])
+
+
+def test_launcher_that_is_not_among_the_ancestors_is_missed():
+    # The command is the parent of the node's launcher, unless it was given on another node.
+    sleep = [sys.executable, "-c", "input()"]
+    with (
+        subprocess.Popen(sleep, stdin=subprocess.PIPE) as local,
+        subprocess.Popen([*sleep, "--node_rank=1"], stdin=subprocess.PIPE) as remote,
+    ):
+        runner = ProcessId.of(RUNNER_NAME)
+        assert missing_launcher([]) == LAUNCH_NAME
+        assert missing_launcher([ProcessId.of(LAUNCH_NAME, local.pid)]) == RUNNER_NAME
+        assert missing_launcher([ProcessId.of(LAUNCH_NAME, local.pid), runner]) is None
+        assert missing_launcher([ProcessId.of(LAUNCH_NAME, remote.pid)]) is None
+
+
+def test_ranks_are_the_launchers_children_in_order_of_start():
+    children = [subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(3)]
+    expected = [ProcessId.of(f"worker rank {rank}", child.pid) for rank, child in enumerate(children, start=4)]
+    assert ranks_of(ProcessId.of(LAUNCH_NAME), first_rank=4) == expected
+    # One that has ended is there until it is collected.
+    children[1].kill()
+    os.waitid(os.P_PID, children[1].pid, os.WEXITED | os.WNOWAIT)
+    assert ranks_of(ProcessId.of(LAUNCH_NAME), first_rank=4) == expected
+    for child in children:
+        child.communicate()

@@ -8,11 +8,12 @@ import sys
 from collections import deque
 
 import pytest
-from scheduler_executor import STOP, Job, ShadowExecutor
 
+from scheduler_executor import STOP, Job, ShadowExecutor
 from seesaw_ds.layout import Phase
 from seesaw_ds.requests import FinishReason
 from seesaw_ds.sched.decode import DecodeGroups
+from seesaw_ds.sched.forecast import LengthForecast, Resident, expected_peak
 from seesaw_ds.sched.output import (
     Action,
     DecodeBatch,
@@ -33,7 +34,6 @@ from seesaw_ds.sched.output import (
     SwitchPhase,
 )
 from seesaw_ds.sched.pools import KvPools
-from seesaw_ds.sched.prefetch import LengthForecast, Resident, expected_peak
 from seesaw_ds.sched.scheduler import Scheduler
 from seesaw_ds.sched.sequence import Sequence
 from seesaw_ds.sched.stats import TransitionReason
@@ -422,6 +422,13 @@ class TestVictims:
         sequences[0].num_issued_tokens = sequences[0].spec.max_tokens
         assert self.victims(groups) == []
 
+    def test_spared_ones_run_on(self) -> None:
+        _, groups, sequences = self.build([2, 2, 2])
+        assert groups.next_batch(0) is None
+        groups.spare_victims()
+        assert groups.pop_victim() is None
+        assert sequences[2] in groups.members()
+
     def test_only_as_many_as_the_host_takes(self) -> None:
         pools, groups, _ = self.build([3, 3, 3, 1, 1, 1, 1], num_host_blocks=40)
         pools.host.allocate(pools.host.num_free - 1)
@@ -462,14 +469,14 @@ class TestAbort:
 
 class TestForecast:
     def test_expected_peak_when_nobody_stops_early(self) -> None:
-        residents = [Resident(3, 5, 20), Resident(3, 2, 8)]
+        residents = [Resident(8, 3, 2), Resident(20, 3, 5)]
         assert expected_peak(residents, 4, float("inf")) == 10  # both, just before the second ends
-        assert expected_peak(residents[:1], 4, float("inf")) == 8
-        assert expected_peak([Resident(3, 4, 20)], 4, float("inf")) == 7
+        assert expected_peak(residents[1:], 4, float("inf")) == 8
+        assert expected_peak([Resident(20, 3, 4)], 4, float("inf")) == 7
         assert expected_peak([], 4, float("inf")) == 0
 
     def test_expected_peak_is_now_when_most_stop_soon(self) -> None:
-        residents = [Resident(30, 500, 2000)] * 10
+        residents = [Resident(2000, 30, 500)] * 10
         assert expected_peak(residents, 4, mean_tokens=50) == 300
         assert 300 < expected_peak(residents, 4, mean_tokens=500) < 2000
 

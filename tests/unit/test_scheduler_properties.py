@@ -6,8 +6,8 @@ import random
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scheduler_executor import STOP, Job, ShadowExecutor
 
+from scheduler_executor import STOP, Job, ShadowExecutor
 from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.sched.output import SchedulerLimits, SequenceSpec
 from seesaw_ds.sched.scheduler import Scheduler

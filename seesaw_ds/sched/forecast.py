@@ -1,0 +1,66 @@
+"""How long sequences go on, and how much of the GPU pool they will fill together."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+
+class Resident(NamedTuple):
+    """A sequence on the GPU: the tokens it may still produce, the blocks it holds, and those it may add."""
+
+    num_remaining_tokens: int
+    num_held_blocks: int
+    num_growth_blocks: int
+
+
+class LengthForecast:
+    """How long sequences go on, learned from those that stopped before their `max_tokens`.
+
+    Stopping is taken to be equally likely at each token, so the mean is all tokens produced, by whomever, over the
+    number of sequences that stopped. Until one has stopped every sequence is expected to use its `max_tokens`,
+    unless `expected_output_tokens` says how long outputs are: it weighs as much as one stopped sequence.
+    """
+
+    def __init__(self, expected_output_tokens: int | None) -> None:
+        if expected_output_tokens is not None and expected_output_tokens < 1:
+            raise ValueError(f"expected_output_tokens={expected_output_tokens}: must be at least 1, or None if unknown")
+        self._num_tokens = expected_output_tokens or 0
+        self._num_stopped = 0 if expected_output_tokens is None else 1
+
+    @property
+    def mean_tokens(self) -> float:
+        """The mean number of tokens until a sequence stops, infinite if none is known to stop."""
+        return self._num_tokens / self._num_stopped if self._num_stopped else math.inf
+
+    def add_token(self) -> None:
+        """Count a token that was produced."""
+        self._num_tokens += 1
+
+    def add_stopped(self) -> None:
+        """Count a sequence that ended before its `max_tokens`."""
+        self._num_stopped += 1
+
+
+def expected_peak(residents: list[Resident], block_size: int, mean_tokens: float) -> float:
+    """The most GPU blocks that `residents` are expected to hold together while they run to their ends.
+
+    They are sorted, so that the shortest-lived come first. After t more steps a share
+    ``exp(-t / mean_tokens)`` of those with t tokens left has not stopped, and each has grown by t / block_size
+    blocks. So with the last k left, which hold H blocks now, they hold
+    ``exp(-t / mean_tokens) * (H + k * t / block_size)``, which is largest at
+    ``t = mean_tokens - H * block_size / k``, or at the end nearest to it of the time in which those k are left.
+    Rounding to whole blocks is left out, but together they add no more blocks than each may.
+    """
+    peak = 0.0
+    total_held = 0
+    total_growth = 0
+    next_ends = [0, *(resident.num_remaining_tokens for resident in residents)]
+    for k, (remaining, held, growth) in enumerate(reversed(residents), start=1):
+        total_held += held
+        total_growth += growth
+        t = min(max(mean_tokens - total_held * block_size / k, next_ends[-k - 1]), remaining)
+        num_blocks = total_held + min(k * t / block_size, total_growth)
+        if num_blocks > peak:
+            peak = max(peak, math.exp(-t / mean_tokens) * num_blocks)
+    return peak

@@ -1,0 +1,123 @@
+"""The CUDA kernels against the plain torch path in float32, on random data."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from seesaw_ds.model.attention.interface import AttentionBatch
+from seesaw_ds.model.attention.torch_backend import TorchAttention
+from seesaw_ds.model.ops.interface import TokenPlaces
+from seesaw_ds.model.ops.torch_ops import TorchOps
+
+pytestmark = pytest.mark.gpu(1)
+
+HEADS, KV_HEADS, HEAD_DIM, BLOCK = 16, 2, 128, 16
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((value.float() - reference.float()).norm() / reference.float().norm()).item()
+
+
+def random(*size: int) -> torch.Tensor:
+    return torch.randn(size, dtype=torch.bfloat16, device="cuda")
+
+
+def test_rms_norm() -> None:
+    from seesaw_ds.model.ops.cuda_ops import CudaOps
+
+    x, weight = random(77, 1024), random(1024)
+    expected = TorchOps().rms_norm(x.float(), weight.float(), 1e-5)
+    assert relative_error(CudaOps().rms_norm(x, weight, 1e-5), expected) < 5e-3
+
+
+def test_add_rms_norm() -> None:
+    from seesaw_ds.model.ops.cuda_ops import CudaOps
+
+    x, residual, weight = random(77, 1024), random(77, 1024), random(1024)
+    expected, expected_residual = TorchOps().add_rms_norm(x.float(), residual.float(), weight.float(), 1e-5)
+    norm, new_residual = CudaOps().add_rms_norm(x, residual, weight, 1e-5)
+    assert relative_error(norm, expected) < 5e-3
+    assert relative_error(new_residual, expected_residual) < 5e-3
+
+
+@pytest.mark.parametrize("num_cells", [1, 2, 4])
+def test_silu_and_mul(num_cells: int) -> None:
+    from seesaw_ds.model.ops.cuda_ops import CudaOps
+
+    gate_up = random(33, num_cells, 2, 256)
+    assert relative_error(CudaOps().silu_and_mul(gate_up), TorchOps().silu_and_mul(gate_up.float())) < 5e-3
+
+
+def random_places(num_tokens: int, blocks: torch.Tensor) -> TokenPlaces:
+    angles = torch.rand(num_tokens, HEAD_DIM // 2, device="cuda") * 6
+    angles = torch.cat((angles, angles), dim=-1)
+    return TokenPlaces(angles.cos(), angles.sin(), blocks, torch.randint(0, BLOCK, (num_tokens,), device="cuda"))
+
+
+def test_rotate_and_store_in_a_strided_cache() -> None:
+    from seesaw_ds.model.ops.cuda_ops import CudaOps
+
+    num_tokens, num_blocks = 50, 64
+    qkv = random(num_tokens, KV_HEADS, HEADS // KV_HEADS + 2, HEAD_DIM)
+    places = random_places(num_tokens, torch.randperm(num_blocks, device="cuda")[:num_tokens])
+    pool = random(num_blocks, 3, 2, KV_HEADS, BLOCK, HEAD_DIM)
+    expected_pool = pool.float()
+    expected = TorchOps().rotate_and_store(qkv.float(), places, expected_pool[:, 1])
+    queries = CudaOps().rotate_and_store(qkv, places, pool[:, 1])
+    assert relative_error(queries, expected) < 5e-3
+    assert relative_error(pool, expected_pool) < 5e-3
+    assert torch.equal(pool[:, 0].float(), expected_pool[:, 0]) and torch.equal(pool[:, 2].float(), expected_pool[:, 2])
+
+
+def make_batch(query_lens: list[int], kv_lens: list[int], num_blocks: int) -> AttentionBatch:
+    width = max(-(-kv_len // BLOCK) for kv_len in kv_lens)
+    ids = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
+    tables = ids[: len(kv_lens) * width].reshape(len(kv_lens), width)
+    return AttentionBatch(np.array(query_lens, np.int32), np.array(kv_lens, np.int32), tables)
+
+
+def attention_error(backend, query_lens: list[int], kv_lens: list[int]) -> float:
+    num_blocks = 600
+    batch = make_batch(query_lens, kv_lens, num_blocks)
+    pool = random(num_blocks, 3, 2, KV_HEADS, BLOCK, HEAD_DIM)
+    queries = random(sum(query_lens), HEADS, HEAD_DIM)
+    reference = TorchAttention(BLOCK, torch.device("cuda"))
+    reference.plan(batch)
+    backend.plan(batch)
+    return relative_error(backend.forward(queries, pool[:, 1]), reference.forward(queries.float(), pool[:, 1].float()))
+
+
+def test_prefill_attention_with_whole_prompts_and_later_chunks() -> None:
+    from seesaw_ds.model.attention.flashinfer_backend import FlashInferPrefill
+
+    backend = FlashInferPrefill(HEADS, KV_HEADS, HEAD_DIM, BLOCK, torch.bfloat16, torch.device("cuda"))
+    assert attention_error(backend, [5, 300, 17, 64], [5, 300, 900, 65]) < 1e-2
+    assert attention_error(backend, [1, 130], [1, 1000]) < 1e-2
+
+
+def test_decode_attention_at_several_sizes() -> None:
+    from seesaw_ds.model.attention.flashinfer_backend import FlashInferDecode
+
+    backend = FlashInferDecode(HEADS, KV_HEADS, HEAD_DIM, BLOCK, 8, 600, torch.bfloat16, torch.device("cuda"))
+    for kv_lens in ([1], [16, 17], [900, 3, 250, 31], [1000, 2], [5, 6, 7, 8]):
+        assert attention_error(backend, [1] * len(kv_lens), kv_lens) < 1e-2
+
+
+def test_a_captured_step_replays_with_a_new_plan() -> None:
+    from seesaw_ds.model.attention.flashinfer_backend import FlashInferDecode
+    from seesaw_ds.worker.graphs import GraphExecutor
+
+    device = torch.device("cuda")
+    backend = FlashInferDecode(HEADS, KV_HEADS, HEAD_DIM, BLOCK, 4, 600, torch.bfloat16, device)
+    reference = TorchAttention(BLOCK, device)
+    executor = GraphExecutor(4, lambda: None)
+    pool = random(600, 3, 2, KV_HEADS, BLOCK, HEAD_DIM)
+    queries = random(4, HEADS, HEAD_DIM)
+    for kv_lens in ([900, 3, 250, 31], [17, 1000, 1, 500]):
+        batch = make_batch([1] * 4, kv_lens, 600)
+        backend.plan(batch)
+        out = executor.run(4, lambda size: backend.forward(queries[:size], pool[:, 1]))
+        reference.plan(batch)
+        assert relative_error(out, reference.forward(queries.float(), pool[:, 1].float())) < 1e-2

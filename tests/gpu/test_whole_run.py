@@ -1,0 +1,111 @@
+"""Whole runs through the launcher on GPUs: bfloat16 log-probabilities against transformers' in float32."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+# The engine computes in bfloat16 (8 bits), transformers in float32: over 8 layers the log-probabilities of the tokens
+# that the engine chose differ by about 0.01 on average.
+MEAN_TOLERANCE, MAX_TOLERANCE = 0.03, 0.3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("model")
+    config = LlamaConfig(
+        vocab_size=1001, hidden_size=1024, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=128, max_position_embeddings=2048, tie_word_embeddings=False,
+        initializer_range=0.05, dtype="bfloat16",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(1001)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2", "bos_token": "w1"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    rng = random.Random(0)
+    return [[rng.randrange(3, 1001) for _ in range(rng.choice((5, 40, 200, 700)))] for _ in range(60)]
+
+
+def run(model: Path, prompts: list[list[int]], folder: Path, layouts: str, **settings: object) -> list[dict]:
+    """Results in the prompts' order: dictionaries of an OpenAI completion choice."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "in.jsonl").open("w") as file:
+        for number, prompt in enumerate(prompts):
+            body = {"model": "m", "prompt": prompt, "max_tokens": 20 + number % 20, "temperature": 0, "logprobs": 1}
+            line = {"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body}
+            file.write(json.dumps(line | {"body": body | {"ignore_eos": True}}) + "\n")
+    config = {
+        "model": str(model), "layouts": layouts, "dtype": "bfloat16", "max_model_len": 1024, "max_num_seqs": 24,
+        "max_num_batched_tokens": 512, "num_gpu_kv_blocks": 300, "num_host_kv_blocks": 400,
+        "input": str(folder / "in.jsonl"), "output": str(folder / "out.jsonl"), "timeline": str(folder / "t.json"),
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(json.dumps(config | settings))
+    command = ["deepspeed", "--num_gpus", "2", str(ROOT / "launch/run.py"), "--config", str(folder / "config.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    print(done.stdout[-1500:], file=sys.stderr)
+    records = {(record := json.loads(line))["custom_id"]: record for line in (folder / "out.jsonl").open()}
+    assert len(records) == len(prompts)
+    return [records[str(number)]["response"]["body"]["choices"][0] for number in range(len(prompts))]
+
+
+def reference_logprobs(model: Path, prompt: list[int], output: list[int]) -> list[float]:
+    reference = _reference(model)
+    token_ids = torch.tensor([prompt + output], device="cuda")
+    with torch.inference_mode():
+        logits = reference(token_ids).logits[0, len(prompt) - 1 : -1].float()
+    return logits.log_softmax(-1).gather(1, token_ids[0, len(prompt) :, None])[:, 0].tolist()
+
+
+_references: dict[Path, torch.nn.Module] = {}
+
+
+def _reference(model: Path) -> torch.nn.Module:
+    from transformers import LlamaForCausalLM
+
+    if model not in _references:
+        _references[model] = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).cuda().eval()
+    return _references[model]
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize(
+    ("layouts", "settings"),
+    [("P2->T2", {}), ("T2", {}), ("P2->T2", {"weight_reshard": "host"}), ("T2->P2", {}), ("P2", {})],
+    ids=["P2->T2", "T2", "P2->T2 host", "T2->P2", "P2"],
+)
+def test_logprobs_match_transformers(
+    model: Path, prompts: list[list[int]], tmp_path: Path, layouts: str, settings: dict[str, object]
+) -> None:
+    choices = run(model, prompts, tmp_path / "run", layouts, **settings)
+    differences = []
+    for prompt, choice in zip(prompts, choices, strict=True):
+        output = [int(word.removeprefix("w")) for word in choice["logprobs"]["tokens"]]
+        expected = reference_logprobs(model, prompt, output)
+        differences += [abs(a - b) for a, b in zip(choice["logprobs"]["token_logprobs"], expected, strict=True)]
+    mean = sum(differences) / len(differences)
+    print(
+        f"{layouts} {settings}: log-probability difference mean {mean:.4f}, max {max(differences):.4f}", file=sys.stderr
+    )
+    assert not any(math.isnan(difference) for difference in differences)
+    assert mean < MEAN_TOLERANCE and max(differences) < MAX_TOLERANCE

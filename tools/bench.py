@@ -1,0 +1,179 @@
+"""Measure the engine: named workloads, model shapes with random weights, any layouts; a table, and JSON.
+
+    python tools/bench.py --model-shape llama2-70b --workload arxiv:160 --layouts "P2->T2" T2 P2
+
+Every run is ``deepspeed launch/run.py`` over a batch file of random token ids whose outputs run to their length, so the
+figures hold for the engine as users start it. `elapsed_time` is from the first scheduled prompt to the last result,
+as vLLM's ``bench throughput`` counts it; start-up is apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from seesaw_ds.errors import UserError
+from seesaw_ds.layout import LayoutPair
+from seesaw_ds.plan.roofline import Machine, Utilisation, roofline_seconds, utilisation
+from seesaw_ds.plan.workloads import RequestLength, parse_workload, workload_lengths
+from seesaw_ds.shapes import ModelShape, model_shape
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shapes = sorted(path.stem for path in (ROOT / "configs" / "models").glob("*.json"))
+    parser.add_argument("--model-shape", choices=shapes, required=True, help="sizes of a known model, random weights")
+    parser.add_argument(
+        "--workload", nargs="+", required=True, help="NAME:REQUESTS with NAME arxiv, sharegpt or INxOUT"
+    )
+    parser.add_argument("--layouts", nargs="+", required=True, help='layouts to measure, for example "P2->T2" T2')
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for inputs, results and bench.json")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an engine setting; repeatable")
+    parser.add_argument("--peak-tflops", type=float, default=750.0, help="of one device: what large products reach")
+    parser.add_argument("--hbm-gbps", type=float, default=4300.0, help="memory bandwidth of one device, GB/s")
+    parser.add_argument("--keep-going", action="store_true", help="go on with the next layout when one fails")
+    return parser.parse_args()
+
+
+def make_model_folder(folder: Path, shape_name: str) -> ModelShape:
+    """A Hugging Face folder of the shape: config and a word-level tokenizer with a word for each id; no weights."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    config = json.loads((ROOT / "configs" / "models" / f"{shape_name}.json").read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(config["vocab_size"])}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2", "bos_token": "w1"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return model_shape(config)
+
+
+def write_input(path: Path, lengths: list[RequestLength], vocab_size: int) -> None:
+    """A batch file of random prompts (token ids) whose outputs run to their length."""
+    rng = random.Random(1)
+    with path.open("w") as file:
+        for number, (input_tokens, output_tokens) in enumerate(lengths):
+            body = {
+                "model": "bench",
+                "prompt": [rng.randrange(3, vocab_size) for _ in range(input_tokens)],
+                "max_tokens": output_tokens,
+                "ignore_eos": True,
+                "temperature": 1.0,
+            }
+            line = {"custom_id": f"r{number}", "method": "POST", "url": "/v1/completions", "body": body}
+            file.write(json.dumps(line) + "\n")
+
+
+def run_engine(arguments: argparse.Namespace, model: Path, batch: Path, layouts: str, out: Path) -> dict[str, Any]:
+    """One run of the engine; its summary. Raises RuntimeError with the log's end when it fails."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    settings = {
+        "model": str(model),
+        "load_format": "dummy",
+        "layouts": layouts,
+        "gpu_memory_utilization": 0.92,
+        "timeline": str(out / "timeline.json"),
+    }
+    settings |= dict(setting.split("=", 1) for setting in arguments.set)
+    config = out / "config.yaml"
+    config.write_text(json.dumps({key: _number(value) for key, value in settings.items()}))
+    world_size = LayoutPair.parse(layouts).world_size
+    command = ["deepspeed", "--num_gpus", str(world_size), str(ROOT / "launch" / "run.py"), "--config", str(config)]
+    command += ["--input", str(batch), "--output", str(out / "results.jsonl"), "--overwrite"]
+    with (out / "log.txt").open("w") as log:
+        code = subprocess.call(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ)
+    if code != 0 or not (out / "summary.json").exists():
+        tail = (out / "log.txt").read_text()[-3000:]
+        raise RuntimeError(f"layouts {layouts}: exit code {code}; the end of {out / 'log.txt'}:\n{tail}")
+    return json.loads((out / "summary.json").read_text())
+
+
+def _number(value: Any) -> Any:
+    try:
+        return json.loads(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def figures(
+    summary: dict[str, Any], shape: ModelShape, lengths: list[RequestLength], machine: Machine, world_size: int
+) -> dict[str, Any]:
+    """The summary with utilisation of each phase and the ratio to the roofline."""
+    phases = summary["phase_seconds"]
+    used: Utilisation = utilisation(shape, lengths, machine, world_size, phases["prefill"], phases["decode"])
+    floor = roofline_seconds(shape, lengths, machine, world_size)
+    return {
+        **summary,
+        "prefill_mfu": round(used.prefill_flops, 4),
+        "decode_flops_utilisation": round(used.decode_flops, 4),
+        "roofline_requests_per_second": round(len(lengths) / floor, 4),
+        "roofline_ratio": round(floor / summary["elapsed_time"], 4),
+    }
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    header = f"{'workload':<16}{'layouts':<12}{'req/s':>8}{'tok/s':>9}{'prefill s':>10}{'decode s':>9}{'switch s':>9}"
+    print(header + f"{'switches':>9}{'evict':>6}{'MFU %':>7}{'roofline %':>11}{'start s':>8}")
+    for row in rows:
+        if "error" in row:
+            print(f"{row['workload']:<16}{row['layouts']:<12}failed: {row['error'].splitlines()[0]}")
+            continue
+        phases = row["phase_seconds"]
+        print(
+            f"{row['workload']:<16}{row['layouts']:<12}{row['requests_per_second']:>8.3f}{row['tokens_per_second']:>9.0f}"
+            f"{phases['prefill']:>10.2f}{phases['decode']:>9.2f}{phases['transition']:>9.2f}{row['transitions']:>9}"
+            f"{row['evictions']:>6}{100 * row['prefill_mfu']:>7.1f}{100 * row['roofline_ratio']:>11.1f}"
+            f"{phases['startup']:>8.1f}",
+            flush=True,
+        )
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    model = arguments.out / "models" / arguments.model_shape
+    shape = make_model_folder(model, arguments.model_shape)
+    machine = Machine(arguments.peak_tflops * 1e12, arguments.hbm_gbps * 1e9)
+    rows = []
+    for workload in arguments.workload:
+        name, num_requests = parse_workload(workload)
+        lengths = workload_lengths(name, num_requests)
+        batch = arguments.out / f"{workload.replace(':', '-')}.jsonl"
+        write_input(batch, lengths, shape.vocab_size)
+        for layouts in arguments.layouts:
+            run = {"workload": workload, "layouts": layouts, "model_shape": arguments.model_shape}
+            folder = arguments.out / f"{workload.replace(':', '-')}-{layouts.replace('->', '-to-')}"
+            try:
+                summary = run_engine(arguments, model, batch, layouts, folder)
+                world_size = LayoutPair.parse(layouts).world_size
+                rows.append({**figures(summary, shape, lengths, machine, world_size), **run})
+            except RuntimeError as error:
+                print(error, file=sys.stderr)
+                rows.append({**run, "error": str(error)})
+                if not arguments.keep_going:
+                    return 1
+            (arguments.out / "bench.json").write_text(json.dumps(rows, indent=2) + "\n")
+            print_table(rows[-1:])
+    print_table(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
