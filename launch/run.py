@@ -83,6 +83,7 @@ def main() -> int:
     # Megatron-core says so at every import; nothing here uses its optimizers.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     logging.basicConfig(level=logging.WARNING, format=f"[rank {rank}] %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("seesaw_ds").setLevel(logging.INFO)
     launchers = launcher_ancestors()
     # The same for all ranks of a node without asking: the launcher's process and the port it chose.
     run_id = f"{os.getppid()}-{os.environ['MASTER_PORT']}"

@@ -1,7 +1,7 @@
 """The settings of a run, as a user writes them, and the rules they must keep.
 
-`RunConfig` is what the YAML file and ``--set`` say, checked for names and types. Nothing that is found out at run time is
-written back into it: sizes derived from memory live in `seesaw_ds.plan.memory.PoolSizes`.
+`RunConfig` is what the YAML file and ``--set`` say, checked for names and types. Nothing that is found out at run time
+is written back into it: sizes derived from memory live in `seesaw_ds.plan.memory.PoolSizes`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class RunConfig:
 
 
 def parse_config(values: Mapping[str, Any]) -> RunConfig:
-    """Make a `RunConfig` of a YAML mapping. Raises UserError naming the first key that is unknown, missing or mistyped."""
+    """Make a `RunConfig` of a YAML mapping. Raises UserError naming the first key that is unknown, missing or wrong."""
     hints = typing.get_type_hints(RunConfig)
     for key in values:
         if key not in hints:
@@ -106,8 +106,13 @@ def _check_values(run: RunConfig) -> None:
         if value not in allowed:
             raise UserError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
     for name in (
-        "max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_block_size", "num_gpu_kv_blocks", "num_host_kv_blocks",
-    ):  # fmt: skip
+        "max_model_len",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "kv_block_size",
+        "num_gpu_kv_blocks",
+        "num_host_kv_blocks",
+    ):
         value = getattr(run, name)
         if value is not None and value < 1:
             raise UserError(f"{name}={value}: must be at least 1")

@@ -61,7 +61,7 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
 
 
 def _longest_position(config: Mapping[str, Any]) -> int:
-    """Positions the model can take: RoPE kinds that stretch as they go ("dynamic", "linear") take `factor` times more."""
+    """Positions the model can take: RoPE kinds that stretch ("dynamic", "linear") take `factor` times more."""
     limit = int(config.get("max_position_embeddings", 2048))
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type")) in ("dynamic", "linear"):
@@ -87,7 +87,8 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         num_kv_heads = int(config.get("num_key_value_heads") or num_heads)
         if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
             raise UserError(
-                f"num_attention_heads={num_heads} in config.json: must be a multiple of num_key_value_heads={num_kv_heads}"
+                f"num_attention_heads={num_heads} in config.json: must be a multiple of "
+                f"num_key_value_heads={num_kv_heads}"
             )
         hidden_size = int(config["hidden_size"])
         dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
@@ -107,6 +108,8 @@ def model_shape(config: Mapping[str, Any]) -> ModelShape:
         )
     except KeyError as error:
         raise UserError(f"config.json: {error.args[0]} is missing") from None
+    except UserError:
+        raise
     except (TypeError, ValueError) as error:
         raise UserError(f"config.json: a size is not a number ({error})") from None
     if shape.dtype not in DTYPE_BYTES:

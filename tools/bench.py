@@ -45,11 +45,15 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_model_folder(folder: Path, shape_name: str) -> ModelShape:
-    """A Hugging Face folder of the shape: config and a word-level tokenizer with a word for each id; no weights."""
+def make_model_folder(folder: Path, shape_name: str, longest: int) -> ModelShape:
+    """A Hugging Face folder of the shape: config and a word-level tokenizer with a word for each id; no weights.
+
+    The config takes `longest` tokens even where the model was trained for fewer: nobody reads the output.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     config = json.loads((ROOT / "configs" / "models" / f"{shape_name}.json").read_text())
+    config["max_position_embeddings"] = max(config["max_position_embeddings"], longest)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(config["vocab_size"])}, unk_token="w0"))
@@ -76,7 +80,9 @@ def write_input(path: Path, lengths: list[RequestLength], vocab_size: int) -> No
             file.write(json.dumps(line) + "\n")
 
 
-def run_engine(arguments: argparse.Namespace, model: Path, batch: Path, layouts: str, out: Path) -> dict[str, Any]:
+def run_engine(
+    arguments: argparse.Namespace, model: Path, batch: Path, longest: int, layouts: str, out: Path
+) -> dict[str, Any]:
     """One run of the engine; its summary. Raises RuntimeError with the log's end when it fails."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -84,6 +90,7 @@ def run_engine(arguments: argparse.Namespace, model: Path, batch: Path, layouts:
         "model": str(model),
         "load_format": "dummy",
         "layouts": layouts,
+        "max_model_len": longest,
         "gpu_memory_utilization": 0.92,
         "timeline": str(out / "timeline.json"),
     }
@@ -145,19 +152,19 @@ def main() -> int:
     arguments = parse_arguments()
     arguments.out.mkdir(parents=True, exist_ok=True)
     model = arguments.out / "models" / arguments.model_shape
-    shape = make_model_folder(model, arguments.model_shape)
+    workloads = {text: workload_lengths(*parse_workload(text)) for text in arguments.workload}
+    longest = max(sum(length) for lengths in workloads.values() for length in lengths)
+    shape = make_model_folder(model, arguments.model_shape, longest)
     machine = Machine(arguments.peak_tflops * 1e12, arguments.hbm_gbps * 1e9)
     rows = []
-    for workload in arguments.workload:
-        name, num_requests = parse_workload(workload)
-        lengths = workload_lengths(name, num_requests)
+    for workload, lengths in workloads.items():
         batch = arguments.out / f"{workload.replace(':', '-')}.jsonl"
         write_input(batch, lengths, shape.vocab_size)
         for layouts in arguments.layouts:
             run = {"workload": workload, "layouts": layouts, "model_shape": arguments.model_shape}
             folder = arguments.out / f"{workload.replace(':', '-')}-{layouts.replace('->', '-to-')}"
             try:
-                summary = run_engine(arguments, model, batch, layouts, folder)
+                summary = run_engine(arguments, model, batch, longest, layouts, folder)
                 world_size = LayoutPair.parse(layouts).world_size
                 rows.append({**figures(summary, shape, lengths, machine, world_size), **run})
             except RuntimeError as error:

@@ -68,7 +68,7 @@ QUESTIONS: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 TEXT_STARTS: list[tuple[str, str, dict[str, Any]]] = [
-    ("text-hello", "Hello", {"max_tokens": 16}),
+    ("text-five", "Once upon a time", {"max_tokens": 16}),
     ("text-json", "json\n\nJSON", {"max_tokens": 128}),
     ("text-heapq", "heapq\n\nHeap queue", {"max_tokens": 96}),
     ("text-median", "statistics.median\n\nReturn the median", {"max_tokens": 64}),
@@ -89,16 +89,16 @@ DIGESTS = [
     ("digest-json", "json", 2200, 120),
     ("digest-random", "random", 1000, 96),
     ("digest-queue", "queue", 1500, 64),
-    ("digest-threading", "threading", 5200, 96),
-    ("digest-shutil", "shutil", 6200, 200),
+    ("digest-threading", "threading", 4600, 96),
+    ("digest-shutil", "shutil", 5400, 200),
     ("digest-dataclasses", "dataclasses", 2800, 64),
     ("digest-secrets", "secrets", 700, 48),
     ("digest-textwrap", "textwrap", 3600, 128),
 ]
 
 CONTINUATIONS = [
-    ("more-statistics", "statistics", 6400, 160),
-    ("more-collections", "collections", 5600, 128),
+    ("more-statistics", "statistics", 5000, 160),
+    ("more-collections", "collections", 4600, 128),
     ("more-json", "json", 4400, 96),
     ("more-random", "random", 3000, 80),
     ("more-contextlib", "contextlib", 2400, 120),

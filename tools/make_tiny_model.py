@@ -166,8 +166,8 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
     others = [p for name, p in model.named_parameters() if p.dim() < 2 or ".layers." not in name]
     return [
-        Muon(matrices, lr=0.03, momentum=0.95),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0),
+        Muon(matrices, lr=0.04, momentum=0.95),
+        torch.optim.AdamW(others, lr=8e-3, betas=(0.9, 0.95), weight_decay=0),
     ]
 
 

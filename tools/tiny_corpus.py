@@ -86,15 +86,18 @@ class Example(NamedTuple):
     completion: str
 
 
+SHORT = 160  # characters: an answer, and what the plain text of a class or function is cut to
+
+
 def plain_example(doc: Doc) -> Example:
-    text = first_paragraphs(doc.text, 2000 if doc.kind == "module" else 300)
+    text = first_paragraphs(doc.text, 1500 if doc.kind == "module" else SHORT)
     return Example(BEGIN, f"{doc.name}\n\n{text}{END}")
 
 
 def chat_examples(doc: Doc) -> list[Example]:
     """Each way to ask about `doc`; one of them with the system prompt."""
     systems = (f"{SYSTEM}{SYSTEM_PROMPT}{END}", "", "")
-    answer = first_paragraphs(doc.text, 300)
+    answer = first_paragraphs(doc.text, SHORT)
     return [
         Example(f"{BEGIN}{system}{USER}{question.format(doc.name)}{END}{ASSISTANT}", f"{answer}{END}")
         for system, question in zip(systems, QUESTIONS[doc.kind])

@@ -1,7 +1,7 @@
 """The engine's loop body: schedule, execute, update; between the pure scheduler and whoever carries messages.
 
-`EngineCore` owns what the scheduler must not see: token ids, log-probabilities, and which workers have answered. It turns
-actions into commands for workers and their results into events.
+`EngineCore` owns what the scheduler must not see: token ids, log-probabilities, and which workers have answered. It
+turns actions into commands for workers and their results into events.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from seesaw_ds.errors import UserError
 from seesaw_ds.layout import Phase
 from seesaw_ds.sched.output import SchedulerLimits
 from seesaw_ds.sched.scheduler import Scheduler
+from seesaw_ds.shapes import model_shape, read_hf_config
 
 PROGRESS_SECONDS = 0.2
 POLL_MILLISECONDS = 1000
@@ -83,18 +84,23 @@ class SchedulerProcess:
         for message in ready:
             assert isinstance(message, wire.WorkerReady)
             self._lifeline.watch(message.process)
+        # On CPU each rank goes by the memory that it saw free, so that the pools may differ.
+        num_gpu_blocks = min(message.num_gpu_blocks for message in ready)
         limits = SchedulerLimits(
             block_size=self._config.kv_block_size,
             num_prefill_blocks=first.num_prefill_blocks,
-            num_gpu_blocks=first.num_gpu_blocks,
+            num_gpu_blocks=num_gpu_blocks,
             num_host_blocks=first.num_host_blocks,
             max_num_seqs=self._config.max_num_seqs,
             max_num_batched_tokens=self._config.max_num_batched_tokens,
             prefill_stages=self._layouts.prefill.pp,
             decode_stages=self._layouts.decode.pp,
         )
-        self._core = EngineCore(Scheduler(limits), len(self._commands), self._to_workers)
-        self._to_frontend(wire.SchedulerReady(first.num_prefill_blocks, first.num_gpu_blocks, first.num_host_blocks))
+        shape = model_shape(read_hf_config(self._config.model))
+        # Where a token's attention costs as much as its share of the matrices.
+        pairs_per_token = max(1, shape.layer_parameters // (2 * shape.num_heads * shape.head_dim))
+        self._core = EngineCore(Scheduler(limits, pairs_per_token), len(self._commands), self._to_workers)
+        self._to_frontend(wire.SchedulerReady(first.num_prefill_blocks, num_gpu_blocks, first.num_host_blocks))
 
     def _receive(self, poller: zmq.Poller) -> None:
         """Wait for messages, then take all that have come."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 import shutil
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from seesaw_ds.layout import LayoutPair, Phase
+from seesaw_ds.layout import Phase
 from seesaw_ds.model.attention.interface import AttentionBackend
 from seesaw_ds.model.attention.torch_backend import TorchAttention
 from seesaw_ds.model.ops.interface import LayerOps
@@ -18,15 +20,6 @@ from seesaw_ds.parallel.device import is_cuda
 from seesaw_ds.shapes import ModelShape
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Backends:
-    """`has_graphs`: decode steps may be captured, for nothing in them touches the host."""
-
-    ops: LayerOps
-    attention: dict[Phase, AttentionBackend]
-    has_graphs: bool
 
 
 def _why_not_flashinfer(dtype: torch.dtype, head_dim: int) -> str | None:
@@ -41,37 +34,66 @@ def _why_not_flashinfer(dtype: torch.dtype, head_dim: int) -> str | None:
     return None
 
 
-def choose_backends(
-    shape: ModelShape,
-    layouts: LayoutPair,
-    block_size: int,
-    max_num_seqs: int,
-    num_decode_blocks: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Backends:
-    """The fastest kernels this device, dtype and model can use; says on the log why when they are the slow ones."""
-    reason = _why_not_flashinfer(dtype, shape.head_dim) if is_cuda(device) else ""
-    if reason is not None:
-        if reason:
-            logger.warning("attention in plain torch, several times slower: %s", reason)
-        attention = TorchAttention(block_size, device)
-        return Backends(TorchOps(), dict.fromkeys(Phase, attention), has_graphs=False)
+@dataclass(frozen=True)
+class TorchBackends:
+    """Plain torch everywhere."""
 
-    from seesaw_ds.model.attention.flashinfer_backend import FlashInferDecode, FlashInferPrefill
+    block_size: int
+    device: torch.device
+    ops: LayerOps = dataclasses.field(default_factory=TorchOps)
+    has_graphs: bool = False
+
+    def make_attention(self, phase: Phase, tp: int, max_num_seqs: int = 0, max_num_blocks: int = 0) -> AttentionBackend:
+        return TorchAttention(self.block_size, self.device)
+
+
+@dataclass(frozen=True)
+class CudaBackends:
+    """FlashInfer's kernels and our own. Nothing in a decode step touches the host, so it can be captured."""
+
+    shape: ModelShape
+    block_size: int
+    dtype: torch.dtype
+    device: torch.device
+    ops: LayerOps
+    has_graphs: bool = True
+
+    def make_attention(self, phase: Phase, tp: int, max_num_seqs: int = 0, max_num_blocks: int = 0) -> AttentionBackend:
+        from seesaw_ds.model.attention.flashinfer_backend import FlashInferDecode, FlashInferPrefill
+
+        heads = (self.shape.num_heads // tp, self.shape.num_kv_heads // tp, self.shape.head_dim)
+        if phase is Phase.PREFILL:
+            return FlashInferPrefill(*heads, self.block_size, self.dtype, self.device)
+        return FlashInferDecode(*heads, self.block_size, max_num_seqs, max_num_blocks, self.dtype, self.device)
+
+
+class Backends(Protocol):
+    """`ops` for every layer, an attention backend for each phase.
+
+    `has_graphs`: decode steps may be captured as CUDA graphs. A decode backend is made for at most `max_num_seqs`
+    sequences whose tables hold at most `max_num_blocks` blocks together.
+    """
+
+    @property
+    def ops(self) -> LayerOps: ...
+
+    @property
+    def has_graphs(self) -> bool: ...
+
+    def make_attention(
+        self, phase: Phase, tp: int, max_num_seqs: int = 0, max_num_blocks: int = 0
+    ) -> AttentionBackend: ...
+
+
+def choose_backends(shape: ModelShape, block_size: int, dtype: torch.dtype, device: torch.device) -> Backends:
+    """The fastest kernels this device, dtype and model can use; says on the log why when they are the slow ones."""
+    if not is_cuda(device):
+        return TorchBackends(block_size, device)
+    reason = _why_not_flashinfer(dtype, shape.head_dim)
+    if reason is not None:
+        logger.warning("attention in plain torch, several times slower: %s", reason)
+        return TorchBackends(block_size, device)
+
     from seesaw_ds.model.ops.cuda_ops import CudaOps
 
-    heads = {
-        phase: (shape.num_heads // layouts[phase].tp, shape.num_kv_heads // layouts[phase].tp, shape.head_dim)
-        for phase in Phase
-    }
-    return Backends(
-        CudaOps(),
-        {
-            Phase.PREFILL: FlashInferPrefill(*heads[Phase.PREFILL], block_size, dtype, device),
-            Phase.DECODE: FlashInferDecode(
-                *heads[Phase.DECODE], block_size, max_num_seqs, num_decode_blocks + max_num_seqs, dtype, device
-            ),
-        },
-        has_graphs=True,
-    )
+    return CudaBackends(shape, block_size, dtype, device, CudaOps())

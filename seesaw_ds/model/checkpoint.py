@@ -99,11 +99,7 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     entries = {}
     end = 0
     for name, item in header.items():
-        entries[name] = TensorEntry(path, tuple(item["shape"]), item["dtype"])
-        start, stop = item["data_offsets"]
-        expected = math.prod(item["shape"]) * _DTYPE_BYTES.get(item["dtype"], 0)
-        if item["dtype"] in _DTYPE_BYTES and stop - start != expected:
-            raise UserError(f"{path}: tensor {name!r} has {stop - start} bytes where its shape needs {expected}")
+        entries[name], stop = _read_entry(path, name, item)
         end = max(end, stop)
     if 8 + header_bytes + end > size:
         raise UserError(
@@ -112,8 +108,21 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     return entries
 
 
+def _read_entry(path: Path, name: str, item: Any) -> tuple[TensorEntry, int]:
+    """One tensor of a header, and where its bytes end, counted from the header's end."""
+    try:
+        entry = TensorEntry(path, tuple(map(int, item["shape"])), str(item["dtype"]))
+        start, stop = map(int, item["data_offsets"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: not a safetensors file: its header describes no tensor at {name!r}") from None
+    expected = math.prod(entry.shape) * _DTYPE_BYTES.get(entry.dtype, 0)
+    if entry.dtype in _DTYPE_BYTES and stop - start != expected:
+        raise UserError(f"{path}: tensor {name!r} has {stop - start} bytes where its shape needs {expected}")
+    return entry, stop
+
+
 def check_checkpoint(folder: str | Path, shape: ModelShape) -> dict[str, TensorEntry]:
-    """Index `folder` and check that every tensor of `shape` is there, in its size. Raises UserError naming what is not."""
+    """Index `folder`; every tensor of `shape` must be there, in its size. Raises UserError naming what is not."""
     entries = index_checkpoint(folder)
     expected = expected_tensors(shape)
     missing = [name for name in expected if name not in entries]

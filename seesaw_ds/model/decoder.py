@@ -55,7 +55,7 @@ class DecoderLayer(nn.Module):
         attention: AttentionBackend,
         kv_cache: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, residual) to (x, residual): the hidden state is their sum, which the next norm adds up as it reads them."""
+        """(x, residual) to (x, residual): the hidden state is their sum, which the next norm takes as it reads them."""
         x_NM, residual_NM = self.input_norm(x_NM, residual_NM)
         x_NM = self._attend(x_NM, places, attention, kv_cache)
         x_NM, residual_NM = self.post_attention_norm(x_NM, residual_NM)

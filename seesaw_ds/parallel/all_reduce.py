@@ -46,7 +46,7 @@ class BackendAllReduce:
 
 
 class OneShotAllReduce:
-    """Every rank reads all ranks' tensors in one kernel. Inside CUDA graphs only; elsewhere and for large tensors, NCCL.
+    """Every rank reads all ranks' tensors in one kernel. Inside CUDA graphs; elsewhere and for large tensors, NCCL.
 
     A graph's inputs keep their addresses, so their IPC handles are exchanged once, after the capture.
     """

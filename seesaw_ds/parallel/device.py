@@ -61,6 +61,6 @@ def wait_event(event: Event | None) -> None:
 
 
 def to_device(values: Sequence[int] | np.ndarray, device: torch.device) -> torch.Tensor:
-    """Host integers as a device tensor of their dtype (int64 for a sequence); the copy is queued on the current stream."""
+    """Host integers as a device tensor of their dtype (int64 for a sequence), copied on the current stream."""
     tensor = torch.from_numpy(np.asarray(values))
     return tensor.pin_memory().to(device, non_blocking=True) if is_cuda(device) else tensor

@@ -44,7 +44,8 @@ class PipelineLink:
 
     def _send(self, tensor: torch.Tensor, rank: int, group: ProcessGroup) -> None:
         self._sends = [(work, kept) for work, kept in self._sends if not work.is_completed()]
-        work = dist.isend(tensor.contiguous(), dst=rank, group=group)
+        tensor = tensor.contiguous()
+        work = dist.isend(tensor, dst=rank, group=group)
         if work is not None:
             self._sends.append((work, tensor))
 

@@ -73,7 +73,7 @@ def size_pools(run: RunConfig, shape: ModelShape, device_bytes: int) -> PoolSize
     if num_host_blocks < longest:
         raise UserError(
             f"num_host_kv_blocks={num_host_blocks}: one request of max_model_len tokens needs {longest} blocks of "
-            f"kv_block_size={run.kv_block_size}; raise kv_offloading_size (or num_host_kv_blocks), or lower max_model_len"
+            f"kv_block_size={run.kv_block_size}; raise kv_offloading_size or num_host_kv_blocks, or lower max_model_len"
         )
     return PoolSizes(
         num_prefill_blocks=num_prefill_blocks,
@@ -91,9 +91,10 @@ def _refuse_gpu(run: RunConfig, longest: int, num_blocks: int, budget: int, spen
             f"kv_block_size={run.kv_block_size}; raise num_gpu_kv_blocks, or lower max_model_len"
         )
     raise UserError(
-        f"gpu_memory_utilization={run.gpu_memory_utilization}: of {budget / GIB:.2f} GiB a device, weights, activations and the "
-        f"prefill pool take {spent / GIB:.2f} GiB, which leaves {max(0, num_blocks)} KV blocks where one request of "
-        f"max_model_len tokens needs {longest}; use more GPUs, or lower max_model_len or max_num_batched_tokens"
+        f"gpu_memory_utilization={run.gpu_memory_utilization}: of {budget / GIB:.2f} GiB a device, weights, "
+        f"activations and the prefill pool take {spent / GIB:.2f} GiB, which leaves {max(0, num_blocks)} KV blocks "
+        f"where one request of max_model_len tokens needs {longest}; use more GPUs, or lower max_model_len or "
+        "max_num_batched_tokens"
     )
 
 

@@ -120,6 +120,28 @@ class DecodeRunner:
                 load.output_token_ids,
             )
 
+    def warm_up(self) -> None:
+        """Run a step of padding at every size that the executor captures, and every transfer of the pipeline once.
+
+        Collective over the stage's ranks and over the pipeline.
+        """
+        nothing = np.zeros(0, dtype=np.int64)
+        for size in reversed(self._executor.sizes):
+            self._plan(nothing, size)
+            self._executor.run(size, self._compute)
+        groups = self._stage.groups
+        if groups.is_first_stage and groups.is_last_stage:
+            return
+        if not groups.is_first_stage:
+            self._link.recv_hidden(1)
+        if not groups.is_last_stage:
+            self._link.send_hidden(self._inputs.hidden[:1])
+        if groups.is_last_stage:
+            self._link.send_tokens(self._inputs.token_ids[:1])
+        if groups.is_first_stage:
+            self._link.recv_tokens(1)
+        self._link.drain()
+
     def run(self, step: Decode) -> SampledTokens | None:
         """Run a step; on the last stage return its sampled tokens, else None."""
         if step.slots is not None:

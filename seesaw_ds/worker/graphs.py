@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +11,9 @@ Body = Callable[[int], torch.Tensor]
 
 
 class StepExecutor(Protocol):
-    """Runs the device part of a decode step."""
+    """Runs the device part of a decode step. `sizes` are the batch sizes that are captured, if any."""
+
+    sizes: Sequence[int]
 
     def padded_size(self, num_rows: int) -> int:
         """The batch size at which a step of `num_rows` rows runs; the rest are rows that nobody reads."""
@@ -22,6 +24,8 @@ class StepExecutor(Protocol):
 
 class EagerExecutor:
     """Runs the body as it is."""
+
+    sizes: Sequence[int] = ()
 
     def padded_size(self, num_rows: int) -> int:
         return num_rows
@@ -49,12 +53,12 @@ class GraphExecutor:
 
     def __init__(self, max_num_seqs: int, after_capture: Callable[[], None]) -> None:
         self._after_capture = after_capture
-        self._sizes = graph_sizes(max_num_seqs)
+        self.sizes: Sequence[int] = graph_sizes(max_num_seqs)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._pool: Any = None
 
     def padded_size(self, num_rows: int) -> int:
-        return next(size for size in self._sizes if size >= num_rows)
+        return next(size for size in self.sizes if size >= num_rows)
 
     def run(self, size: int, body: Body) -> torch.Tensor:
         if size not in self._graphs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import time
@@ -26,7 +27,7 @@ from seesaw_ds.model.decoder import DecoderStage
 from seesaw_ds.model.rope import RotaryTables
 from seesaw_ds.model.weights import DummySource, SafetensorsSource, WeightSource, cell_tensors
 from seesaw_ds.parallel import device as devices
-from seesaw_ds.parallel.all_reduce import choose_all_reduce
+from seesaw_ds.parallel.all_reduce import AllReduce, BackendAllReduce, choose_all_reduce
 from seesaw_ds.parallel.groups import ParallelState
 from seesaw_ds.parallel.links import PipelineLink
 from seesaw_ds.parallel.shared_memory import NodeSharedMapping
@@ -35,10 +36,12 @@ from seesaw_ds.reshard.arena import WeightArena
 from seesaw_ds.reshard.exchange import ExchangeReshard
 from seesaw_ds.reshard.host import HostReshard, HostWeights
 from seesaw_ds.reshard.plan import WeightReshard, plan_reshard
-from seesaw_ds.shapes import DTYPE_BYTES, ModelShape, model_shape, read_hf_config
+from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
 from seesaw_ds.worker.decode import DecodeRunner
 from seesaw_ds.worker.graphs import EagerExecutor, GraphExecutor
+from seesaw_ds.worker.memory import check_decode_blocks, measure_decode_blocks
 from seesaw_ds.worker.prefill import PrefillRunner
+from seesaw_ds.worker.warmup import warm_up_prefill
 
 logger = logging.getLogger(__name__)
 
@@ -88,128 +91,205 @@ def init_distributed() -> None:
         torch.device("cpu") if accelerator.device_name() == "cpu" else torch.device(accelerator.device_name(local_rank))
     )
     devices.set_device(device)
-    # No device_id: it would make communicators eagerly, and then a pipeline's sends and receives queue behind each other.
+    # No device_id: communicators would be made eagerly, and a pipeline's sends queue behind its receives.
     dist.init_process_group(accelerator.communication_backend_name())
 
 
 def build_engine(run: RunConfig, timer: StartUpTimer) -> Engine:
-    """Load the model in prefill layout and allocate the pools; `torch.distributed` must be up.
+    """Load the model in prefill layout, allocate the pools and warm up; `torch.distributed` must be up.
 
     Raises UserError when the model or the pools do not fit.
     """
-    hf_config = read_hf_config(run.model)
-    shape = model_shape(hf_config)
-    layouts = run.layout_pair
-    dtype = getattr(torch, dtype_name(run, shape))
-    device = devices.device()
-    pool_sizes = size_pools(run, shape, _usable_device_bytes(device))
-    with timer.part("groups"):
-        state = ParallelState(layouts)
-    replica_rank = dist.get_rank() - state.replica_ranks[0]
-    plan = plan_reshard(layouts, shape.num_layers)
-    pieces = cell_tensors(shape, layouts.cells_per_layer)
-    backends = choose_backends(
-        shape, layouts, run.kv_block_size, run.max_num_seqs, pool_sizes.num_gpu_blocks, dtype, device
-    )
-    all_reduces = {
-        phase: choose_all_reduce(state[phase].tp, device, backends.has_graphs and phase is Phase.DECODE)
-        for phase in Phase
-    }
-    if layouts.is_static:
-        all_reduces[Phase.PREFILL] = all_reduces[Phase.DECODE]
+    builder = _EngineBuilder(run, timer)
     with timer.part("weights"):
-        arena = WeightArena(pieces, plan.num_slots[replica_rank], dtype, device)
-        source = _source(run, shape, dtype, device)
+        builder.load_weights()
+    with timer.part("kv pools"):
+        builder.make_host_pool()
+        builder.make_prefill()
+    with timer.part("warm-up"):
+        builder.warm_up_prefill()
+        builder.make_decode()
+        builder.warm_up_decode()
+    return builder.engine()
+
+
+class _EngineBuilder:
+    """Builds an `Engine` part by part, in the order of the methods; each method is collective over the replica."""
+
+    def __init__(self, run: RunConfig, timer: StartUpTimer) -> None:
+        self._run = run
+        self._hf_config = read_hf_config(run.model)
+        self._shape = model_shape(self._hf_config)
+        self._layouts = run.layout_pair
+        self._dtype: torch.dtype = getattr(torch, dtype_name(run, self._shape))
+        self._device = devices.device()
+        self._longest = max_model_len(run, self._shape)
+        self._sizes = size_pools(run, self._shape, _usable_device_bytes(self._device))
+        with timer.part("groups"):
+            self._state = ParallelState(self._layouts)
+        self._replica_rank = dist.get_rank() - self._state.replica_ranks[0]
+        self._plan = plan_reshard(self._layouts, self._shape.num_layers)
+        self._backends = choose_backends(self._shape, run.kv_block_size, self._dtype, self._device)
+        self._all_reduces = self._choose_all_reduces()
+        self._links = {
+            phase: PipelineLink(self._state[phase], self._shape.hidden_size, self._dtype, self._device)
+            for phase in Phase
+        }
+        rope_config = LlamaConfig(**self._hf_config)
+        self._rotary = RotaryTables(rope_config, self._device, torch.float32, self._longest)
+
+    def _choose_all_reduces(self) -> dict[Phase, AllReduce]:
+        has_graphs = self._backends.has_graphs
+        decode = choose_all_reduce(self._state[Phase.DECODE].tp, self._device, has_graphs)
+        prefill = decode if self._layouts.is_static else BackendAllReduce(self._state[Phase.PREFILL].tp)
+        return {Phase.PREFILL: prefill, Phase.DECODE: decode}
+
+    def load_weights(self) -> None:
+        run, shape, plan = self._run, self._shape, self._plan
+        pieces = cell_tensors(shape, self._layouts.cells_per_layer)
+        self._arena = WeightArena(pieces, plan.num_slots[self._replica_rank], self._dtype, self._device)
+        source = _source(run, shape, self._dtype, self._device)
         host_weights = None
         if run.weight_reshard == "host":
-            num_bytes = HostWeights.required_bytes(pieces, shape.num_layers, layouts.cells_per_layer, dtype)
-            mapping = _share(f"weights-{state.replica_ranks[0]}", num_bytes, replica_rank, device)
-            host_weights = HostWeights(mapping, pieces, shape.num_layers, layouts.cells_per_layer, dtype)
-        load_arena(arena, plan, replica_rank, source, host_weights, _log_progress)
-        stages = build_stages(
-            shape, layouts, state, plan, arena, replica_rank, source, backends.ops, all_reduces, dtype, device
+            cells = (pieces, shape.num_layers, self._layouts.cells_per_layer, self._dtype)
+            host_weights = HostWeights(self._share("weights", HostWeights.required_bytes(*cells)), *cells)
+        load_arena(self._arena, plan, self._replica_rank, source, host_weights, _log_progress)
+        self._stages = build_stages(
+            shape,
+            self._layouts,
+            self._state,
+            plan,
+            self._arena,
+            self._replica_rank,
+            source,
+            self._backends.ops,
+            self._all_reduces,
+            self._dtype,
+            self._device,
         )
-        dist.barrier(group=state.replica)
-    if host_weights is not None:
-        reshard: WeightReshard = HostReshard(plan, arena, host_weights, replica_rank)
-    else:
-        reshard = ExchangeReshard(plan, arena, state.replica, replica_rank, list(state.replica_ranks))
-    with timer.part("kv pools"):
-        itemsize = DTYPE_BYTES[dtype_name(run, shape)]
+        dist.barrier(group=self._state.replica)
+        self._reshard: WeightReshard
+        if host_weights is not None:
+            self._reshard = HostReshard(plan, self._arena, host_weights, self._replica_rank)
+        else:
+            ranks = list(self._state.replica_ranks)
+            self._reshard = ExchangeReshard(plan, self._arena, self._state.replica, self._replica_rank, ranks)
+
+    def make_host_pool(self) -> None:
+        run, shape = self._run, self._shape
         layout = HostBlockLayout(
-            layouts, shape.num_layers, shape.num_kv_heads, run.kv_block_size, shape.head_dim, itemsize
+            self._layouts,
+            shape.num_layers,
+            shape.num_kv_heads,
+            run.kv_block_size,
+            shape.head_dim,
+            self._dtype.itemsize,
         )
-        num_bytes = layout.row_bytes * pool_sizes.num_host_blocks
-        mapping = _share(f"kv-{state.replica_ranks[0]}", num_bytes, replica_rank, device)
-        host_pool = HostKVPool(mapping, layout, pool_sizes.num_host_blocks, dtype)
-        pools = {
-            phase: DeviceKVPool(
-                layouts[phase].shard(replica_rank, shape.num_layers, shape.num_kv_heads),
-                num_blocks,
-                run.kv_block_size,
-                shape.head_dim,
-                dtype,
-                device,
-            )
-            for phase, num_blocks in (
-                (Phase.PREFILL, pool_sizes.num_prefill_blocks),
-                (Phase.DECODE, pool_sizes.num_gpu_blocks + 1),  # one for DecodeRunner's padding
-            )
-        }
-    longest = max_model_len(run, shape)
-    rotary = RotaryTables(LlamaConfig(**hf_config), device, dtype, longest)
-    links = tuple(PipelineLink(state[phase], shape.hidden_size, dtype, device) for phase in Phase)
-    executor = (
-        GraphExecutor(run.max_num_seqs, all_reduces[Phase.DECODE].after_capture)
-        if backends.has_graphs
-        else EagerExecutor()
-    )
-    return Engine(
-        state=state,
-        stages=stages,
-        arena=arena,
-        reshard=reshard,
-        prefill_pool=pools[Phase.PREFILL],
-        decode_pool=pools[Phase.DECODE],
-        host_pool=host_pool,
-        prefill=PrefillRunner(
-            stages[Phase.PREFILL], links[0], rotary, backends.attention[Phase.PREFILL], pools[Phase.PREFILL], device
-        ),
-        decode=DecodeRunner(
-            stages[Phase.DECODE],
-            links[1],
-            rotary,
-            backends.attention[Phase.DECODE],
-            executor,
-            pools[Phase.DECODE],
+        mapping = self._share("kv", layout.row_bytes * self._sizes.num_host_blocks)
+        self._host_pool = HostKVPool(mapping, layout, self._sizes.num_host_blocks, self._dtype)
+
+    def make_prefill(self) -> None:
+        self._prefill_pool = self._device_pool(Phase.PREFILL, self._sizes.num_prefill_blocks)
+        self._prefill = PrefillRunner(
+            self._stages[Phase.PREFILL],
+            self._links[Phase.PREFILL],
+            self._rotary,
+            self._backends.make_attention(Phase.PREFILL, self._layouts.prefill.tp),
+            self._prefill_pool,
+            self._device,
+        )
+
+    def warm_up_prefill(self) -> None:
+        """Run the largest micro-batch once: kernels and communicators are made, and its memory becomes known."""
+        if devices.is_cuda(self._device):
+            warm_up_prefill(self._prefill, self._run, self._shape, self._longest)
+            get_accelerator().synchronize()
+
+    def make_decode(self) -> None:
+        num_blocks = self._num_decode_blocks()
+        self._sizes = dataclasses.replace(self._sizes, num_gpu_blocks=num_blocks)
+        self._decode_pool = self._device_pool(Phase.DECODE, num_blocks + 1)  # one for DecodeRunner's padding
+        run = self._run
+        after_capture = self._all_reduces[Phase.DECODE].after_capture
+        graphs = GraphExecutor(run.max_num_seqs, after_capture) if self._backends.has_graphs else EagerExecutor()
+        self._decode = DecodeRunner(
+            self._stages[Phase.DECODE],
+            self._links[Phase.DECODE],
+            self._rotary,
+            self._backends.make_attention(
+                Phase.DECODE, self._layouts.decode.tp, run.max_num_seqs, num_blocks + run.max_num_seqs
+            ),
+            graphs,
+            self._decode_pool,
             run.max_num_seqs,
-            blocks_for(longest, run.kv_block_size),
-            shape.hidden_size,
-            device,
-        ),
-        links=links,
-        pool_sizes=pool_sizes,
-    )
+            blocks_for(self._longest, run.kv_block_size),
+            self._shape.hidden_size,
+            self._device,
+        )
+
+    def _num_decode_blocks(self) -> int:
+        """What memory leaves on the fullest device of the replica, unless the settings say a number."""
+        if self._run.num_gpu_kv_blocks is not None or not devices.is_cuda(self._device):
+            return self._sizes.num_gpu_blocks
+        shard = self._layouts.decode.shard(self._replica_rank, self._shape.num_layers, self._shape.num_kv_heads)
+        num_blocks = measure_decode_blocks(self._run, self._shape, shard, self._arena, self._prefill_pool, self._dtype)
+        lowest = torch.tensor(num_blocks, device=self._device)
+        dist.all_reduce(lowest, dist.ReduceOp.MIN, group=self._state.replica)
+        check_decode_blocks(self._run, self._longest, int(lowest))
+        return int(lowest)
+
+    def warm_up_decode(self) -> None:
+        """Re-shard there and back, capture every graph, and make the pipeline's communicators."""
+        if not devices.is_cuda(self._device):
+            return
+        with torch.inference_mode():
+            self._reshard.run(Phase.DECODE)
+            self._state.activate(Phase.DECODE)
+            self._decode.warm_up()
+            self._reshard.run(Phase.PREFILL)
+            self._state.activate(Phase.PREFILL)
+        get_accelerator().synchronize()
+
+    def engine(self) -> Engine:
+        return Engine(
+            state=self._state,
+            stages=self._stages,
+            arena=self._arena,
+            reshard=self._reshard,
+            prefill_pool=self._prefill_pool,
+            decode_pool=self._decode_pool,
+            host_pool=self._host_pool,
+            prefill=self._prefill,
+            decode=self._decode,
+            links=tuple(self._links.values()),
+            pool_sizes=self._sizes,
+        )
+
+    def _device_pool(self, phase: Phase, num_blocks: int) -> DeviceKVPool:
+        shape = self._shape
+        shard = self._layouts[phase].shard(self._replica_rank, shape.num_layers, shape.num_kv_heads)
+        return DeviceKVPool(shard, num_blocks, self._run.kv_block_size, shape.head_dim, self._dtype, self._device)
+
+    def _share(self, name: str, num_bytes: int) -> NodeSharedMapping:
+        """One mapping for all ranks of the replica; its first rank creates and populates it."""
+        name = f"{name}-{self._state.replica_ranks[0]}"
+        store = dist.distributed_c10d._get_default_store()
+        if self._replica_rank != 0:
+            mapping = NodeSharedMapping.attach(name, store)
+        else:
+            mapping = NodeSharedMapping.create(name, num_bytes, store)
+        if devices.is_cuda(self._device):
+            if self._replica_rank == 0:
+                mapping.populate()
+            dist.barrier(group=self._state.replica)
+            mapping.register_for_dma()
+        return mapping
 
 
 def _source(run: RunConfig, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> WeightSource:
     if run.load_format == "dummy":
         return DummySource(shape, dtype, device, run.seed)
     return SafetensorsSource(shape, check_checkpoint(run.model, shape), dtype)
-
-
-def _share(name: str, num_bytes: int, replica_rank: int, device: torch.device) -> NodeSharedMapping:
-    """One mapping for all ranks of a replica; its first rank creates and populates it."""
-    store = dist.distributed_c10d._get_default_store()
-    if replica_rank == 0:
-        mapping = NodeSharedMapping.create(name, num_bytes, store)
-    else:
-        mapping = NodeSharedMapping.attach(name, store)
-    if devices.is_cuda(device):
-        if replica_rank == 0:
-            mapping.populate()
-        mapping.register_for_dma()
-    return mapping
 
 
 def _usable_device_bytes(device: torch.device) -> int:

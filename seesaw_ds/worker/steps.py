@@ -1,7 +1,7 @@
-"""Tells the scheduler of finished steps and the timeline of when they ran, without the main thread waiting for either.
+"""Tells the scheduler of finished steps, and the timeline when they ran, without the main thread waiting.
 
-On CUDA the main thread only queues work: it starts the copy of a step's tokens into pinned memory, and a thread waits for
-the copy, sends the tokens, and turns the step's events into times. On CPU a step is over when its call returns.
+On CUDA the main thread only queues work: it starts the copy of a step's tokens into pinned memory, and a thread waits
+for the copy, sends the tokens, and turns the step's events into times. On CPU a step is over when its call returns.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,8 +49,9 @@ class StepReporter:
         self._thread = threading.Thread(target=self._run, name="step reporter", daemon=True)
         if self._is_cuda:
             # Event times are differences: this pair ties them to the host's clock.
-            self._last_event = devices.record_event(device, timing=True)
-            self._last_event.synchronize()
+            event: Any = devices.record_event(device, timing=True)
+            event.synchronize()
+            self._last_event = event
             self._last_time = time.monotonic()
             self._thread.start()
 
@@ -79,9 +81,9 @@ class StepReporter:
         except BaseException as error:
             self._on_error(error)
 
-    def _finish(self, record: StepRecord, host: torch.Tensor | None, start_event, end_event) -> None:
+    def _finish(self, record: StepRecord, host: torch.Tensor | None, start_event: Any, end_event: Any) -> None:
         end_event.synchronize()
-        self._answer(record, record.sampled.unpack(host) if host is not None else [])
+        self._answer(record, record.sampled.unpack(host) if record.sampled is not None and host is not None else [])
         start = self._last_time + self._last_event.elapsed_time(start_event) / 1000
         end = start + start_event.elapsed_time(end_event) / 1000
         # From event to event: the difference of two close ones is exact, of two hours apart it is not.

@@ -24,8 +24,8 @@ import torch.distributed as dist
 import zmq
 from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-from harness import run_ranks
 
+from harness import run_ranks
 from seesaw_ds.config import RunConfig
 from seesaw_ds.engine import addresses
 from seesaw_ds.engine import messages as wire
@@ -40,7 +40,7 @@ from seesaw_ds.worker.worker import Worker
 
 @dataclass
 class EngineOutcome:
-    """What a run gave. `stats` are each scheduler's at its end; `weight_bytes` came to all ranks, over all transitions."""
+    """What a run gave. `stats` are each scheduler's at its end, `weight_bytes` those of all ranks and transitions."""
 
     results: dict[int, SequenceResult] = field(default_factory=dict)
     new_tokens: dict[int, list[int]] = field(default_factory=dict)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+
 from engine_run import run_engine
 from models import ROPE_SCALINGS
-from workload import Workload, make_workload, run_config
-
 from seesaw_ds.requests import FinishReason
+from workload import Workload, make_workload, run_config
 
 NUM_REQUESTS = 48
 

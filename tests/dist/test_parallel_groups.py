@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks
 from megatron.core import parallel_state
 
+from harness import run_ranks
 from seesaw_ds.layout import LayoutPair, ParallelLayout, Phase, RankCoords
 from seesaw_ds.parallel.groups import ParallelState, PhaseGroups
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
+
 from engine_run import build_cpu_engine
 from harness import run_ranks
-from safetensors.torch import load_file
-from workload import make_model, run_config
-
 from seesaw_ds.config import RunConfig
 from seesaw_ds.layout import LayoutPair, Phase, Range, split_evenly
 from seesaw_ds.worker.setup import Engine
+from workload import make_model, run_config
 
 NUM_KV_HEADS, HEAD_DIM, QUERIES_PER_KV_HEAD, FFN_SIZE = 8, 8, 2, 96
 
@@ -85,8 +85,8 @@ def check_vocabulary(engine: Engine, tensors: dict[str, torch.Tensor], phase: Ph
             assert torch.equal(module.weight, padded.chunk(groups.layout.tp)[groups.coords.tp])
 
 
-def transit_ten_times(run: RunConfig) -> int:
-    """Returns the bytes that came to this rank."""
+def transit_ten_times(run: RunConfig) -> tuple[int, int, int]:
+    """Returns the bytes that came to this rank, its arena's, and what the memory plan has for the largest arena."""
     layouts = run.layout_pair
     tensors = load_file(Path(run.model) / "model.safetensors")
     engine = build_cpu_engine(run)
@@ -104,7 +104,7 @@ def transit_ten_times(run: RunConfig) -> int:
         assert addresses[phase] == [parameter.data_ptr() for parameter in stage.parameters()]
     dist.barrier()
     engine.close()
-    return num_bytes
+    return num_bytes, engine.arena.nbytes, engine.pool_sizes.device.weights
 
 
 @pytest.mark.parametrize(
@@ -120,5 +120,8 @@ def transit_ten_times(run: RunConfig) -> int:
 )
 def test_parameters_are_the_loaded_ones_after_ten_transitions(models, layouts, num_layers, weight_reshard):
     run = run_config(models[num_layers], layouts, weight_reshard=weight_reshard)
-    by_rank = run_ranks(run.layout_pair.world_size, transit_ten_times, run)
-    assert all(num_bytes > 0 for num_bytes in by_rank) != run.layout_pair.is_static
+    received_bytes, arena_bytes, planned_bytes = zip(
+        *run_ranks(run.layout_pair.world_size, transit_ten_times, run), strict=True
+    )
+    assert all(num_bytes > 0 for num_bytes in received_bytes) != run.layout_pair.is_static
+    assert set(planned_bytes) == {max(arena_bytes)}

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import make_llama
 from transformers import LlamaForCausalLM
 
+from models import make_llama
 from seesaw_ds.config import RunConfig
 from seesaw_ds.requests import FinishReason, SamplingParams, SequenceRequest
 

@@ -111,8 +111,17 @@ class Run:
             text = _read_proc(process, "maps")
             self._shared_files.update(re.findall(r"/dev/shm/\S+", text))
 
-    def leftovers(self) -> list[str]:
-        """What is still there of the run: processes, sockets, shared memory, temporary files."""
+    def leftovers(self, within_seconds: float = 5.0) -> list[str]:
+        """What is still there of the run after that time: processes, sockets, shared memory, temporary files.
+
+        A process that has ended may hold its sockets for a moment more.
+        """
+        deadline = time.monotonic() + within_seconds
+        while (found := self._find_leftovers()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return found
+
+    def _find_leftovers(self) -> list[str]:
         sockets = Path("/proc/net/unix").read_text().splitlines()
         return [
             *self.processes(),

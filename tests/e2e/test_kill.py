@@ -70,8 +70,7 @@ def wait_for_moment(run: Run, kill: Kill, output: Path) -> None:
 
 
 def check_aftermath(run: Run, dead: str, folder: Path) -> None:
-    wait_until(lambda: not run.processes(), f"the end of the run\n{run.processes()}\n{run.output}", END_SECONDS)
-    assert run.leftovers() == []
+    assert run.leftovers(END_SECONDS) == [], run.output
     words = rf"^error: {re.escape(dead)} (\(pid \d+\) died|is not running)"
     assert re.search(words, run.output, re.MULTILINE), run.output
     files = {path.name for path in folder.iterdir()} if folder.exists() else set()

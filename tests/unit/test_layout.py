@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from seesaw_ds.layout import LayoutPair, ParallelLayout, Phase, RankCoords, Range, Shard, split_evenly
+from seesaw_ds.layout import LayoutPair, ParallelLayout, Phase, Range, RankCoords, Shard, split_evenly
 
 LAYOUTS = ["T1", "T4", "P3", "T2P2", "D2T2", "D3P2", "D2T4P3"]
 

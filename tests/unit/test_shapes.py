@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-from models import llama_config
 from transformers import LlamaForCausalLM
 
+from models import llama_config
 from seesaw_ds.errors import UserError
 from seesaw_ds.shapes import model_shape, read_hf_config
 
@@ -66,8 +66,8 @@ def test_kv_block_bytes_count_keys_and_values():
         ({"mlp_bias": True}, "mlp_bias=true in config.json: not supported"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' in config.json: not supported.*only silu"),
         ({"hidden_size": "wide"}, "a size is not a number"),
-        ({"num_attention_heads": 0}, "num_attention_heads=0 in config.json: must be a multiple of"),
-        ({"num_key_value_heads": 3}, "num_attention_heads=8 in config.json: must be a multiple of.*=3"),
+        ({"num_attention_heads": 0}, "^num_attention_heads=0 in config.json: must be a multiple of"),
+        ({"num_key_value_heads": 3}, "^num_attention_heads=8 in config.json: must be a multiple of.*=3"),
         ({"dtype": "int8"}, "dtype='int8' in config.json: must be one of float32, bfloat16, float16"),
     ],
 )

@@ -1,0 +1,62 @@
+"""How much memory a CUDA device has left for decode KV, measured after a full prefill micro-batch has run."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.distributed as dist
+
+from seesaw_ds.config import RunConfig
+from seesaw_ds.errors import UserError
+from seesaw_ds.kv.device_pool import DeviceKVPool
+from seesaw_ds.layout import Shard
+from seesaw_ds.plan.memory import GIB, blocks_for
+from seesaw_ds.reshard.arena import WeightArena
+from seesaw_ds.shapes import ModelShape
+
+logger = logging.getLogger(__name__)
+
+# Decode graphs' own buffers, attention workspaces, copy engines' staging: seen to stay below.
+_GRAPH_BYTES = 3 * GIB // 2
+
+
+def measure_decode_blocks(
+    run: RunConfig, shape: ModelShape, shard: Shard, arena: WeightArena, prefill_pool: DeviceKVPool, dtype: torch.dtype
+) -> int:
+    """Blocks of `shard` that fit this device within `gpu_memory_utilization`; says on the log where the memory goes."""
+    free, total = torch.cuda.mem_get_info()
+    allocated = torch.cuda.memory_allocated()
+    activations = torch.cuda.max_memory_allocated() - allocated
+    outside_torch = total - free - torch.cuda.memory_reserved()
+    logits = 2 * run.max_num_seqs * shape.vocab_size * 4
+    budget = int(total * run.gpu_memory_utilization)
+    left = budget - outside_torch - allocated - activations - logits - _GRAPH_BYTES
+    elements = shard.layers.size * 2 * shard.kv_heads.size * run.kv_block_size * shape.head_dim
+    num_blocks = max(0, left // (elements * dtype.itemsize))
+    torch.cuda.empty_cache()  # the prefill's buffers come back in another shape
+    if dist.get_rank() == 0:
+        parts = {
+            "weights": arena.nbytes,
+            "embedding, LM head, workspaces": allocated - arena.nbytes - prefill_pool.nbytes,
+            "prefill KV": prefill_pool.nbytes,
+            "decode KV": num_blocks * elements * dtype.itemsize,
+            "activations": activations,
+            "graphs, logits": logits + _GRAPH_BYTES,
+            "CUDA, NCCL": outside_torch,
+            "left free": total - budget,
+        }
+        text = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+        logger.info("device memory, GiB of %.2f: %s", total / GIB, text)
+    return num_blocks
+
+
+def check_decode_blocks(run: RunConfig, longest: int, num_blocks: int) -> None:
+    """Raises UserError when `num_blocks` cannot hold one request of `longest` tokens."""
+    needed = blocks_for(longest, run.kv_block_size)
+    if num_blocks < needed:
+        raise UserError(
+            f"gpu_memory_utilization={run.gpu_memory_utilization}: leaves {num_blocks} KV blocks on a device, where "
+            f"one request of max_model_len={longest} tokens needs {needed}; use more GPUs, or lower max_model_len or "
+            "max_num_batched_tokens"
+        )

@@ -1,0 +1,95 @@
+"""Sizes of the KV pools: what memory leaves, what is set by hand, and what is too small."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from seesaw_ds.config import RunConfig
+from seesaw_ds.errors import UserError
+from seesaw_ds.plan.memory import GIB, blocks_for, size_pools
+from seesaw_ds.shapes import ModelShape
+
+SHAPE = ModelShape(
+    architecture="LlamaForCausalLM",
+    num_layers=8,
+    hidden_size=512,
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=32,
+    intermediate_size=1024,
+    vocab_size=1000,
+    max_position_embeddings=1024,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+    dtype="bfloat16",
+)
+RUN = RunConfig(model="", input="", output="", layouts="P4->T4", max_num_batched_tokens=512)
+LONGEST = 1024 // 16
+ROW_BYTES = 8 * 2 * 8 * 16 * 32 * 2  # layers, keys and values, KV heads, tokens, head_dim, bfloat16
+
+
+def spent_bytes(run: RunConfig, device_bytes: int) -> int:
+    device = size_pools(run, SHAPE, device_bytes).device
+    return device.weights + device.embeddings + device.activations + device.prefill_kv + device.decode_kv
+
+
+def test_blocks_are_rounded_up():
+    assert [blocks_for(num_tokens, 16) for num_tokens in (0, 1, 16, 17)] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("layouts", ["P4->T4", "T4->P4", "T2P2->T4", "P4", "D2P2->D2T2"])
+def test_gpu_pool_takes_the_memory_that_is_left_and_no_more(layouts):
+    run = replace(RUN, layouts=layouts, gpu_memory_utilization=0.5)
+    device_bytes = 2 * GIB
+    sizes = size_pools(run, SHAPE, device_bytes)
+    block_bytes, rest = divmod(sizes.device.decode_kv, sizes.num_gpu_blocks)
+    assert rest == 0
+    assert block_bytes == ROW_BYTES // run.layout_pair.replica_size
+    budget = device_bytes // 2
+    assert budget - block_bytes < spent_bytes(run, device_bytes) <= budget
+
+
+def test_weights_are_those_of_the_larger_phase():
+    for layouts, quarters in (("P4->T4", 1), ("D2P2->D2T2", 2), ("P3->T3", None), ("T1", 4)):
+        weights = size_pools(replace(RUN, layouts=layouts), SHAPE, 64 * GIB).device.weights
+        expected = SHAPE.layer_parameters * 2 * (3 if quarters is None else 2 * quarters)
+        assert weights == expected, layouts
+
+
+def test_prefill_pool_holds_a_longest_prompt_beside_the_micro_batches_in_flight():
+    sizes = size_pools(RUN, SHAPE, 64 * GIB)
+    assert sizes.num_prefill_blocks == LONGEST + (4 + 3) * 512 // 16
+
+
+def test_host_pool_is_shared_out_to_the_replicas():
+    for layouts, replicas in (("P4->T4", 1), ("D2P2->D2T2", 2)):
+        sizes = size_pools(replace(RUN, layouts=layouts, kv_offloading_size=0.5), SHAPE, 64 * GIB)
+        assert sizes.host_bytes == sizes.num_host_blocks * ROW_BYTES
+        assert 0 <= GIB // 2 // replicas - sizes.host_bytes < ROW_BYTES
+
+
+def test_blocks_set_by_hand_are_taken():
+    sizes = size_pools(replace(RUN, num_gpu_kv_blocks=100, num_host_kv_blocks=70), SHAPE, 1 << 50)
+    assert (sizes.num_gpu_blocks, sizes.num_host_blocks, sizes.host_bytes) == (100, 70, 70 * ROW_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "device_bytes", "message"),
+    [
+        ({"num_gpu_kv_blocks": LONGEST - 1}, GIB, r"num_gpu_kv_blocks=63: .* needs 64 blocks of kv_block_size=16"),
+        ({"num_host_kv_blocks": LONGEST - 1}, GIB, r"num_host_kv_blocks=63: .* needs 64 blocks.*kv_offloading_size"),
+        ({"kv_offloading_size": 0.001}, GIB, r"num_host_kv_blocks=8: .* needs 64 blocks"),
+        ({}, 32 << 20, r"gpu_memory_utilization=0.9: of 0.03 GiB .* leaves 0 KV blocks .* needs 64"),
+        ({"gpu_memory_utilization": 0.01}, GIB, r"gpu_memory_utilization=0.01: of 0.01 GiB a device"),
+    ],
+)
+def test_pool_too_small_for_one_request_is_refused(changes, device_bytes, message):
+    with pytest.raises(UserError, match=message):
+        size_pools(replace(RUN, **changes), SHAPE, device_bytes)
+
+
+def test_shorter_requests_need_smaller_pools():
+    run = replace(RUN, max_model_len=32, num_gpu_kv_blocks=2, num_host_kv_blocks=2)
+    assert size_pools(run, SHAPE, GIB).num_prefill_blocks == 2 + (4 + 3) * 512 // 16
