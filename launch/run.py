@@ -8,8 +8,10 @@ environment.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -80,6 +82,7 @@ def main() -> int:
         print(f"error: this is not started by itself. {HOW_TO_START}", file=sys.stderr)
         return 2
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    faulthandler.register(signal.SIGUSR1)  # kill -USR1 shows what a rank that hangs is doing
     # Megatron-core says so at every import; nothing here uses its optimizers.
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     logging.basicConfig(level=logging.WARNING, format=f"[rank {rank}] %(levelname)s %(name)s: %(message)s")
@@ -121,4 +124,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # past the destructors of NCCL's communicators, which captured graphs still hold

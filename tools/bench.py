@@ -19,14 +19,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from seesaw_ds.errors import UserError
 from seesaw_ds.layout import LayoutPair
 from seesaw_ds.plan.roofline import Machine, Utilisation, roofline_seconds, utilisation
 from seesaw_ds.plan.workloads import RequestLength, parse_workload, workload_lengths
 from seesaw_ds.shapes import ModelShape, model_shape
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -105,7 +104,8 @@ def run_engine(
     if code != 0 or not (out / "summary.json").exists():
         tail = (out / "log.txt").read_text()[-3000:]
         raise RuntimeError(f"layouts {layouts}: exit code {code}; the end of {out / 'log.txt'}:\n{tail}")
-    return json.loads((out / "summary.json").read_text())
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    return summary
 
 
 def _number(value: Any) -> Any:

@@ -78,6 +78,7 @@ TEXT_STARTS: list[tuple[str, str, dict[str, Any]]] = [
     ("text-mkstemp", "tempfile.mkstemp\n\nUser-callable function", {"max_tokens": 160}),
     ("text-no-limit", "textwrap.wrap\n\nWrap a single paragraph", {}),
     ("text-ignore-eos", "queue.LifoQueue\n\n", {"ignore_eos": True, "max_tokens": 48}),
+    ("text-min-tokens", "queue.Queue\n\n", {"min_tokens": 24, "max_tokens": 48}),
     ("text-logprobs", "random.Random.choice\n\nChoose", {"logprobs": 2, "max_tokens": 24}),
     ("text-two", "bisect.bisect_left\n\n", {"n": 2, "temperature": 0.9, "seed": 5, "max_tokens": 40}),
     ("text-stop", "threading.Barrier\n\n", {"stop": ".", "include_stop_str_in_output": True, "max_tokens": 64}),
@@ -173,7 +174,8 @@ def long_lines(docs: list[Doc]) -> Iterator[dict[str, Any]]:
         messages = [{"role": "user", "content": question}]
         yield batch_line(custom_id, CHAT, {"messages": messages, "max_tokens": max_tokens})
     for custom_id, module, size, max_tokens in CONTINUATIONS:
-        yield batch_line(custom_id, COMPLETIONS, {"prompt": passage(docs, module, size), "max_tokens": max_tokens})
+        body = {"prompt": passage(docs, module, size), "max_tokens": max_tokens}
+        yield batch_line(custom_id, COMPLETIONS, body)
 
 
 def main() -> None:

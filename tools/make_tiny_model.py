@@ -45,7 +45,7 @@ MAX_LENGTH = 2048
 ROW_TOKENS = 256
 ROWS_PER_STEP = 4
 LONG_STEP_EVERY = 20  # one such step trains a single row of MAX_LENGTH, so that every position is learnt
-DEFAULT_STEPS = 220
+DEFAULT_STEPS = 200
 SEED = 0
 
 
@@ -60,13 +60,13 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are for line searches
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[torch.Tensor]] = {}
             for parameter in group["params"]:
                 by_shape.setdefault(parameter.shape, []).append(parameter)
             for parameters in by_shape.values():
-                gradients = torch.stack([parameter.grad for parameter in parameters])
+                gradients = torch.stack([parameter.grad for parameter in parameters if parameter.grad is not None])
                 state = self.state[parameters[0]]
                 velocity = state.setdefault("velocity", torch.zeros_like(gradients))
                 velocity.lerp_(gradients, 1 - group["momentum"])

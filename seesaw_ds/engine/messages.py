@@ -182,7 +182,7 @@ class Progress(msgspec.Struct, tag=True, frozen=True):
 
 
 class PhaseChanged(msgspec.Struct, tag=True, frozen=True):
-    """A transition: from `start` (switch issued) to `end` (every worker done), monotonic seconds; bytes over ranks."""
+    """A transition: from the last step's end to every worker being done, monotonic seconds; bytes over ranks."""
 
     to: Phase
     start: float

@@ -59,6 +59,7 @@ class SchedulerProcess:
         self._finish_deadline: float | None = None
         self._phase = Phase.PREFILL
         self._switch_start = 0.0
+        self._last_step = 0.0
         self._switch_bytes = 0
         self._last_progress = 0.0
         self._workers_gone = 0
@@ -149,6 +150,7 @@ class SchedulerProcess:
         core = self._core
         assert core is not None
         if isinstance(message, wire.StepDone):
+            self._last_step = time.monotonic()
             core.on_step(message)
         elif isinstance(message, wire.SwapOutDone):
             core.on_swap_out(message)
@@ -166,7 +168,9 @@ class SchedulerProcess:
         self._switch_bytes += message.num_bytes
         if self._core.on_switch(message):
             self._phase = message.to
-            self._to_frontend(wire.PhaseChanged(message.to, self._switch_start, time.monotonic(), self._switch_bytes))
+            # The switch is issued while the last steps still run: the transition begins when they are done.
+            start = max(self._switch_start, self._last_step)
+            self._to_frontend(wire.PhaseChanged(message.to, start, time.monotonic(), self._switch_bytes))
             self._switch_bytes = 0
             self._send_progress()
 

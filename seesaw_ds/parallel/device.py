@@ -60,6 +60,12 @@ def wait_event(event: Event | None) -> None:
         event.wait()
 
 
+def synchronize_stream(device: torch.device) -> None:
+    """Wait for what the current stream holds; other streams, such as those of copies, go on."""
+    if is_cuda(device):
+        get_accelerator().current_stream().synchronize()
+
+
 def to_device(values: Sequence[int] | np.ndarray, device: torch.device) -> torch.Tensor:
     """Host integers as a device tensor of their dtype (int64 for a sequence), copied on the current stream."""
     tensor = torch.from_numpy(np.asarray(values))

@@ -62,7 +62,9 @@ def size_pools(run: RunConfig, shape: ModelShape, device_bytes: int) -> PoolSize
     block_bytes = _block_bytes(run, shape, Phase.DECODE, dtype)
     budget = int(device_bytes * run.gpu_memory_utilization)
     left = budget - weights - embeddings - activations - prefill_kv
-    num_gpu_blocks = left // block_bytes if run.num_gpu_kv_blocks is None else run.num_gpu_kv_blocks
+    num_gpu_blocks = min(left // block_bytes, run.max_num_seqs * longest)  # more than that nobody can use
+    if run.num_gpu_kv_blocks is not None:
+        num_gpu_blocks = run.num_gpu_kv_blocks
     if num_gpu_blocks < longest:
         _refuse_gpu(run, longest, num_gpu_blocks, budget, weights + embeddings + activations + prefill_kv)
 

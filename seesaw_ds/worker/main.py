@@ -32,7 +32,8 @@ def run_worker(
         engine = build_engine(run, timer)
         reporter = Reporter(run_id, rank // run.layout_pair.replica_size)
         Worker(engine, run_id, reporter, lifeline, is_traced=run.timeline is not None).run(timer)
-        dist.destroy_process_group()
+        if dist.get_backend() == "gloo":
+            dist.destroy_process_group()  # NCCL would wait here for graphs that hold its communicators
     except UserError as error:
         lifeline.fail(str(error))
     except Exception as error:

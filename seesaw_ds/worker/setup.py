@@ -206,23 +206,25 @@ class _EngineBuilder:
             get_accelerator().synchronize()
 
     def make_decode(self) -> None:
+        run = self._run
+        max_blocks_per_seq = blocks_for(self._longest, run.kv_block_size)
+        attention = self._backends.make_attention(
+            Phase.DECODE, self._layouts.decode.tp, run.max_num_seqs, run.max_num_seqs * max_blocks_per_seq
+        )
         num_blocks = self._num_decode_blocks()
         self._sizes = dataclasses.replace(self._sizes, num_gpu_blocks=num_blocks)
         self._decode_pool = self._device_pool(Phase.DECODE, num_blocks + 1)  # one for DecodeRunner's padding
-        run = self._run
         after_capture = self._all_reduces[Phase.DECODE].after_capture
         graphs = GraphExecutor(run.max_num_seqs, after_capture) if self._backends.has_graphs else EagerExecutor()
         self._decode = DecodeRunner(
             self._stages[Phase.DECODE],
             self._links[Phase.DECODE],
             self._rotary,
-            self._backends.make_attention(
-                Phase.DECODE, self._layouts.decode.tp, run.max_num_seqs, num_blocks + run.max_num_seqs
-            ),
+            attention,
             graphs,
             self._decode_pool,
             run.max_num_seqs,
-            blocks_for(self._longest, run.kv_block_size),
+            max_blocks_per_seq,
             self._shape.hidden_size,
             self._device,
         )
@@ -236,7 +238,7 @@ class _EngineBuilder:
         lowest = torch.tensor(num_blocks, device=self._device)
         dist.all_reduce(lowest, dist.ReduceOp.MIN, group=self._state.replica)
         check_decode_blocks(self._run, self._longest, int(lowest))
-        return int(lowest)
+        return min(int(lowest), self._run.max_num_seqs * blocks_for(self._longest, self._run.kv_block_size))
 
     def warm_up_decode(self) -> None:
         """Re-shard there and back, capture every graph, and make the pipeline's communicators."""

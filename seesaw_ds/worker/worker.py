@@ -160,7 +160,7 @@ class Worker:
             link.drain()
         with self._spans.span(Track.RESHARD, f"to {to.value}"):
             num_bytes = engine.reshard.run(to)
-            get_accelerator().synchronize()
+            devices.synchronize_stream(self._device)
         engine.state.activate(to)
         self._phase = to
         seconds = time.monotonic() - start

@@ -42,13 +42,19 @@ def test_blocks_are_rounded_up():
 @pytest.mark.parametrize("layouts", ["P4->T4", "T4->P4", "T2P2->T4", "P4", "D2P2->D2T2"])
 def test_gpu_pool_takes_the_memory_that_is_left_and_no_more(layouts):
     run = replace(RUN, layouts=layouts, gpu_memory_utilization=0.5)
-    device_bytes = 2 * GIB
+    device_bytes = GIB
     sizes = size_pools(run, SHAPE, device_bytes)
+    assert sizes.num_gpu_blocks < run.max_num_seqs * LONGEST
     block_bytes, rest = divmod(sizes.device.decode_kv, sizes.num_gpu_blocks)
     assert rest == 0
     assert block_bytes == ROW_BYTES // run.layout_pair.replica_size
     budget = device_bytes // 2
     assert budget - block_bytes < spent_bytes(run, device_bytes) <= budget
+
+
+def test_gpu_pool_is_no_larger_than_its_sequences_can_fill():
+    sizes = size_pools(replace(RUN, max_num_seqs=7), SHAPE, 64 * GIB)
+    assert sizes.num_gpu_blocks == 7 * LONGEST
 
 
 def test_weights_are_those_of_the_larger_phase():

@@ -14,6 +14,9 @@ from seesaw_ds.model.attention.interface import AttentionBatch
 from seesaw_ds.parallel.device import to_device
 
 WORKSPACE_BYTES = 256 << 20
+# Partial results of sequences whose KV is split over several blocks of threads: FlashInfer 0.6.14 was seen to ask for
+# 24 float32 copies of a step's output.
+_SPLIT_COPIES = 24
 
 
 class _PlanFence:
@@ -102,7 +105,8 @@ class FlashInferDecode:
         self._block_size = block_size
         self._dtype = dtype
         self._device = device
-        self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        split_bytes = _SPLIT_COPIES * max_num_seqs * num_heads * head_dim * 4
+        self._workspace = torch.empty(WORKSPACE_BYTES // 2 + split_bytes, dtype=torch.uint8, device=device)
         self._blocks = torch.zeros(max_num_blocks, dtype=torch.int32, device=device)
         self._offsets = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
         self._last_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)

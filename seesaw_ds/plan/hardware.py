@@ -1,0 +1,153 @@
+"""What the planner knows of a machine: rates, latencies and memory of one device and its links, each with a source."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from seesaw_ds.errors import UserError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class HardwareProfile:
+    """One kind of device and how several of them are joined. Rates are in units per second, without any saving.
+
+    memory_bytes               of one device
+    flops                      peak dense FLOP/s by dtype name, from the data sheet
+    memory_bandwidth           peak bytes/s of device memory, from the data sheet
+    gemm_efficiency            share of the peak FLOP/s that large matrix products reach
+    attention_efficiency       share of the peak FLOP/s that causal prefill attention reaches
+    memory_efficiency          share of the peak bandwidth that weights and KV are read at
+    layer_seconds              launches and gaps between kernels, per decoder layer and step
+    step_seconds               host work per step that no kernel hides: scheduling, sampling, commands
+    all_reduce                 by number of devices: (bytes, seconds) points, rising; straight lines between them
+    send_seconds               latency of one send between two devices
+    send_bandwidth             bytes/s of one send
+    host_to_device             bytes/s from pinned host memory, all devices copying at once, per device
+    device_to_host             the other way
+    duplex                     bytes/s each way, per device, while both ways are busy
+    sources                    where each of the figures above is from, by its name
+    """
+
+    name: str
+    memory_bytes: int
+    flops: Mapping[str, float]
+    memory_bandwidth: float
+    gemm_efficiency: float
+    attention_efficiency: float
+    memory_efficiency: float
+    layer_seconds: float
+    step_seconds: float
+    all_reduce: Mapping[int, tuple[tuple[float, float], ...]]
+    send_seconds: float
+    send_bandwidth: float
+    host_to_device: float
+    device_to_host: float
+    duplex: float
+    sources: Mapping[str, str]
+
+    def all_reduce_seconds(self, num_bytes: float, degree: int) -> float:
+        """Seconds to sum `num_bytes` over `degree` devices: between the table's points, or along its last slope.
+
+        A degree that is not in the table takes the next larger one's, or the largest there is.
+        """
+        if degree == 1:
+            return 0.0
+        known = [size for size in self.all_reduce if size >= degree] or [max(self.all_reduce)]
+        points = self.all_reduce[min(known)]
+        index = min(max(bisect_right(points, (num_bytes,)), 1), len(points) - 1)
+        (size, seconds), (next_size, next_seconds) = points[index - 1], points[index]
+        return max(points[0][1], seconds + (num_bytes - size) * (next_seconds - seconds) / (next_size - size))
+
+    def with_all_reduce_scaled(self, factor: float) -> HardwareProfile:
+        """The same machine with an all-reduce bandwidth `factor` times as high; its latency stays."""
+        return dataclasses.replace(
+            self,
+            all_reduce={
+                degree: tuple((size, points[0][1] + (seconds - points[0][1]) / factor) for size, seconds in points)
+                for degree, points in self.all_reduce.items()
+            },
+        )
+
+
+def load_hardware(path: Path) -> HardwareProfile:
+    """Read a profile. Raises UserError for a file that cannot be read and for any figure unknown, missing or wrong."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"hardware={str(path)!r}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"hardware={str(path)!r}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"hardware={str(path)!r}: must hold figures as key: value")
+    return parse_hardware(values)
+
+
+def parse_hardware(values: Mapping[str, Any]) -> HardwareProfile:
+    """Make a profile of a YAML mapping. Raises UserError naming the first figure that is unknown, missing or wrong."""
+    names = [field.name for field in dataclasses.fields(HardwareProfile)]
+    for key in values:
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, n=1)
+            mend = f"did you mean {close[0]!r}?" if close else f"known figures: {', '.join(names)}"
+            raise UserError(f"{key}={values[key]!r}: unknown figure in a hardware profile; {mend}")
+    for name in names:
+        if name not in values:
+            raise UserError(f"{name}: missing in the hardware profile; measure one with tools/calibrate.py")
+    checked: dict[str, Any] = dict(values)
+    for name in names:
+        if name == "name":
+            checked[name] = str(values[name])
+        elif name == "flops":
+            checked[name] = {str(k): _positive(f"flops.{k}", v) for k, v in _mapping(name, values[name]).items()}
+        elif name == "all_reduce":
+            checked[name] = {int(k): _points(k, v) for k, v in _mapping(name, values[name]).items()}
+        elif name == "sources":
+            checked[name] = {str(k): str(v) for k, v in _mapping(name, values[name]).items()}
+        else:
+            checked[name] = _positive(name, values[name])
+    checked["memory_bytes"] = int(checked["memory_bytes"])
+    for name in names:
+        if name not in ("name", "sources") and name not in checked["sources"]:
+            raise UserError(f"sources: {name} has none; say where the figure is from")
+    for name in ("gemm_efficiency", "attention_efficiency", "memory_efficiency"):
+        if checked[name] > 1:
+            raise UserError(f"{name}={checked[name]}: a share of the peak, must be at most 1")
+    return HardwareProfile(**checked)
+
+
+def _mapping(name: str, value: Any) -> Mapping[Any, Any]:
+    if not isinstance(value, dict) or not value:
+        raise UserError(f"{name}={value!r}: must be a mapping with at least one entry")
+    return value
+
+
+def _positive(name: str, value: Any) -> float:
+    """YAML reads 1e12 as text, for want of a dot; such text is a number here."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if isinstance(value, bool) or not 0 < number < float("inf"):
+        raise UserError(f"{name}={value!r}: must be a number above 0")
+    return number
+
+
+def _points(degree: Any, value: Any) -> tuple[tuple[float, float], ...]:
+    rule = f"all_reduce.{degree}={value!r}: must be at least two [bytes, seconds] points, both rising"
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(p, list) and len(p) == 2 for p in value):
+        raise UserError(rule)
+    points = tuple((float(size), float(seconds)) for size, seconds in value)
+    for (size, seconds), (next_size, next_seconds) in zip(points, points[1:], strict=False):
+        if not (0 <= size < next_size and 0 < seconds < next_seconds):
+            raise UserError(rule)
+    return points
