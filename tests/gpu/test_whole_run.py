@@ -14,9 +14,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-# The engine computes in bfloat16 (8 bits), transformers in float32: over 8 layers the log-probabilities of the tokens
-# that the engine chose differ by about 0.01 on average.
-MEAN_TOLERANCE, MAX_TOLERANCE = 0.03, 0.3
+# Log-probabilities of the tokens that the engine chose. transformers' own bfloat16 run of this model differs from its
+# float32 run by 0.056 on average and 0.24 at most; the engine was seen at 0.048 and 0.23.
+MEAN_TOLERANCE, MAX_TOLERANCE = 0.07, 0.4
 
 
 @pytest.fixture(scope="module")

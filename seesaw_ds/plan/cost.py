@@ -1,0 +1,148 @@
+"""How long one pipeline stage takes for one micro-batch, and how long data takes on the links.
+
+It starts from the terms of the paper's appendix A (`seesaw_ds.plan.appendix_a`) and adds what they leave out: the
+efficiency of kernels, attention by chunk, the latency of all-reduces, launches, the LM head, sends and copies.
+
+A matrix product is bound by memory or by compute, and near the ridge of the roofline by both: its seconds are the
+4-norm of the two bounds, so that its utilisation of the peak saturates as the tokens grow::
+
+    tokens / tokens at the ridge    0.25   0.5    1     2     4
+    seconds / larger bound          1.00   1.02   1.19  1.02  1.00
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from seesaw_ds.errors import UserError
+from seesaw_ds.layout import ParallelLayout
+from seesaw_ds.plan.hardware import HardwareProfile
+from seesaw_ds.shapes import DTYPE_BYTES, ModelShape
+
+# Reads and writes of activations per token and layer outside matrix products and attention, in vectors: residual
+# additions and norms touch 8 of the hidden size (whole on every rank), RoPE and SiLU 3 of the sharded widths.
+_HIDDEN_PASSES = 8
+_SHARDED_PASSES = 3
+
+
+class StepWork(NamedTuple):
+    """What one micro-batch asks of every layer.
+
+    num_tokens       through the matrices
+    prefill_pairs    (query, key) pairs of prompt tokens, by causal attention
+    prefill_context  KV tokens that prefill chunks read: each chunk's start and own length
+    decode_context   KV tokens that decode rows read
+    num_rows         tokens whose logits are sampled
+    """
+
+    num_tokens: int = 0
+    prefill_pairs: int = 0
+    prefill_context: int = 0
+    decode_context: int = 0
+    num_rows: int = 0
+
+
+def chunk_work(start: int, num_tokens: int, is_last: bool) -> StepWork:
+    """The work of prompt tokens ``start .. start + num_tokens``; the last chunk of a prompt samples a token."""
+    pairs = num_tokens * start + num_tokens * (num_tokens + 1) // 2
+    return StepWork(num_tokens, pairs, start + num_tokens, 0, int(is_last))
+
+
+def add_work(*parts: StepWork) -> StepWork:
+    """The work of all parts in one micro-batch."""
+    return StepWork(*(sum(column) for column in zip(*parts, strict=True))) if parts else StepWork()
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of one layout of a model on one kind of machine. Pure arithmetic; equal calls give equal answers."""
+
+    shape: ModelShape
+    hardware: HardwareProfile
+    layout: ParallelLayout
+    dtype: str
+
+    @cached_property
+    def itemsize(self) -> int:
+        """Bytes of one weight, activation or KV number."""
+        return DTYPE_BYTES[self.dtype]
+
+    @cached_property
+    def stage_layers(self) -> tuple[int, ...]:
+        """Layers of each pipeline stage."""
+        return tuple(layers.size for layers in self.layout.stage_layers(self.shape.num_layers))
+
+    @cached_property
+    def kv_token_bytes(self) -> int:
+        """Bytes of one token's KV, all layers and heads."""
+        return self.shape.kv_block_bytes(self.shape.num_layers, self.shape.num_kv_heads, 1, self.dtype)
+
+    @cached_property
+    def _flops(self) -> float:
+        peak = self.hardware.flops.get(self.dtype)
+        if peak is None:
+            known = ", ".join(self.hardware.flops)
+            raise UserError(f"dtype={self.dtype!r}: hardware {self.hardware.name!r} has flops for {known} only")
+        return peak
+
+    @cached_property
+    def _bandwidth(self) -> float:
+        return self.hardware.memory_bandwidth * self.hardware.memory_efficiency
+
+    def linear_seconds(self, parameters: float, num_tokens: int) -> float:
+        """One pass of `num_tokens` through `parameters` weights, which one device holds."""
+        memory = parameters * self.itemsize / self._bandwidth
+        compute = 2 * parameters * num_tokens / (self._flops * self.hardware.gemm_efficiency)
+        larger, smaller = (memory, compute) if memory > compute else (compute, memory)
+        ratio = smaller / larger
+        return larger * float((1 + ratio**4) ** 0.25)
+
+    def attention_seconds(self, work: StepWork) -> float:
+        """Attention of one layer on one device: prefill chunks and decode rows are kernels of their own."""
+        shape, tp = self.shape, self.layout.tp
+        kv_bytes = 2 * shape.num_kv_heads * shape.head_dim * self.itemsize / tp
+        pair_flops = 4 * shape.num_heads * shape.head_dim / tp
+        seconds = 0.0
+        if work.prefill_pairs:
+            compute = work.prefill_pairs * pair_flops / (self._flops * self.hardware.attention_efficiency)
+            seconds += max(compute, work.prefill_context * kv_bytes / self._bandwidth)
+        if work.decode_context:
+            compute = work.decode_context * pair_flops / (self._flops * self.hardware.attention_efficiency)
+            seconds += max(compute, work.decode_context * kv_bytes / self._bandwidth)
+        return seconds
+
+    def layer_seconds(self, work: StepWork) -> float:
+        """One decoder layer, its two all-reduces included."""
+        shape, tp = self.shape, self.layout.tp
+        linear = self.linear_seconds(shape.layer_parameters / tp, work.num_tokens)
+        sharded = shape.intermediate_size + (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        passes = _HIDDEN_PASSES * shape.hidden_size + _SHARDED_PASSES * sharded / tp
+        element = work.num_tokens * passes * self.itemsize / self._bandwidth
+        message = work.num_tokens * shape.hidden_size * self.itemsize
+        reduce = 2 * self.hardware.all_reduce_seconds(message, tp)
+        return linear + self.attention_seconds(work) + element + reduce + self.hardware.layer_seconds
+
+    def head_seconds(self, num_rows: int) -> float:
+        """The LM head for `num_rows` tokens, on the last stage."""
+        if num_rows == 0:
+            return 0.0
+        return self.linear_seconds(self.shape.vocab_size * self.shape.hidden_size / self.layout.tp, num_rows)
+
+    def stage_seconds(self, work: StepWork) -> list[float]:
+        """Each stage's seconds for the micro-batch; the last one's with the LM head."""
+        layer = self.layer_seconds(work)
+        seconds = [num_layers * layer for num_layers in self.stage_layers]
+        seconds[-1] += self.head_seconds(work.num_rows)
+        return seconds
+
+    def send_seconds(self, num_tokens: int) -> float:
+        """From one stage to the next: the activations of `num_tokens`; each of the TP ranks sends all of them."""
+        num_bytes = num_tokens * self.shape.hidden_size * self.itemsize
+        return self.hardware.send_seconds + num_bytes / self.hardware.send_bandwidth
+
+    def sample_seconds(self) -> float:
+        """From the last stage's end until the sampled tokens are known to the first stage and to the scheduler."""
+        feedback = self.hardware.send_seconds if self.layout.pp > 1 else 0.0
+        return self.hardware.step_seconds + feedback
