@@ -17,7 +17,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup run test lint format
+.PHONY: setup run test lint format bench
 
 setup: $(STAMP)
 
@@ -37,6 +37,11 @@ $(TINY): | $(STAMP)
 run: $(STAMP) | $(TINY)
 	DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(VENV)/bin/deepspeed --num_accelerators 2 \
 		launch/run.py --config configs/quickstart.yaml --overwrite $(ARGS)
+
+# On GPUs, with the CUDA packages in the environment: make bench PYTHON=... BENCH='--layouts "P2->T2" T2 ...'
+BENCH ?= --model-shape llama2-70b --workload arxiv:160 --layouts "P2->T2" T2 P2
+bench:
+	PYTHONPATH=$(CURDIR) $(PYTHON) tools/bench.py $(BENCH)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

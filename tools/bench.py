@@ -63,15 +63,20 @@ def make_model_folder(folder: Path, shape_name: str, longest: int) -> ModelShape
     return model_shape(config)
 
 
+def random_prompts(lengths: list[RequestLength], vocab_size: int) -> list[list[int]]:
+    """Random token ids for each request, the same every time."""
+    rng = random.Random(1)
+    return [[rng.randrange(3, vocab_size) for _ in range(length.input_tokens)] for length in lengths]
+
+
 def write_input(path: Path, lengths: list[RequestLength], vocab_size: int) -> None:
     """A batch file of random prompts (token ids) whose outputs run to their length."""
-    rng = random.Random(1)
     with path.open("w") as file:
-        for number, (input_tokens, output_tokens) in enumerate(lengths):
+        for number, prompt in enumerate(random_prompts(lengths, vocab_size)):
             body = {
                 "model": "bench",
-                "prompt": [rng.randrange(3, vocab_size) for _ in range(input_tokens)],
-                "max_tokens": output_tokens,
+                "prompt": prompt,
+                "max_tokens": lengths[number].output_tokens,
                 "ignore_eos": True,
                 "temperature": 1.0,
             }

@@ -59,6 +59,15 @@ class EngineCore:
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
 
+    def add_all(self, requests: list[SequenceRequest]) -> None:
+        """Queue a batch of sequences, those with the longest outputs first.
+
+        Decode lasts at least as long as the sequence that ends last, so long ones must not start late. Batches keep
+        their order, so no sequence waits for ever.
+        """
+        for request in sorted(requests, key=lambda request: -request.params.max_tokens):
+            self.add(request)
+
     def add(self, request: SequenceRequest) -> None:
         """Queue a sequence. Raises ValueError when it can never fit the pools."""
         params = request.params

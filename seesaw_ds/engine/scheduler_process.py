@@ -133,8 +133,7 @@ class SchedulerProcess:
         assert core is not None
         if isinstance(message, wire.AddSequences):
             self._is_waiting_for_input = False
-            for request in message.requests:
-                core.add(request)
+            core.add_all(message.requests)
             if message.is_last:
                 core.scheduler.close_input()
         elif isinstance(message, wire.AbortSequences):

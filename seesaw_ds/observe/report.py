@@ -18,7 +18,8 @@ def summary(metrics: RunMetrics) -> dict[str, Any]:
     The first five keys are those of `vllm bench throughput`. `elapsed_time` runs from the end of the start-up to the
     end of the run; `num_requests` are the requests that this run answered with a result, and rates count only these.
     `num_failed` are those answered with an error, `resumed` those that an earlier run had finished. `phase_seconds`
-    are means over replicas. `reshard.seconds` is the slowest rank's, bytes are sums over ranks. Raises RuntimeError
+    are means over replicas. `reshard.seconds` is the least of any rank's, for the others wait
+    in the exchange for the last to come; bytes are sums over ranks. Raises RuntimeError
     before `RunMetrics.finish`.
     """
     if metrics.finished is None:
@@ -46,7 +47,7 @@ def summary(metrics: RunMetrics) -> dict[str, Any]:
         "transitions": metrics.num_transitions,
         "evictions": metrics.num_evictions,
         "reshard": {
-            "seconds": round(max((rank.reshard_seconds for rank in ranks), default=0.0), 6),
+            "seconds": round(min((rank.reshard_seconds for rank in ranks), default=0.0), 6),
             "weight_bytes": sum(rank.weight_bytes for rank in ranks),
             "kv_out_bytes": sum(rank.kv_out_bytes for rank in ranks),
             "kv_in_bytes": sum(rank.kv_in_bytes for rank in ranks),

@@ -53,6 +53,6 @@ def workload_lengths(name: str, num_requests: int, seed: int = 0) -> list[Reques
 def parse_workload(text: str) -> tuple[str, int]:
     """Read ``name:requests``, for example ``arxiv:160``."""
     name, separator, count = text.partition(":")
-    if not separator or not count.isdigit() or int(count) < 1:
+    if not name or not separator or not count.isdigit() or int(count) < 1:
         raise UserError(f"workload={text!r}: must be NAME:REQUESTS, for example arxiv:160")
     return name, int(count)

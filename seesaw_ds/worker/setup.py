@@ -45,6 +45,8 @@ from seesaw_ds.worker.warmup import warm_up_prefill
 
 logger = logging.getLogger(__name__)
 
+LOAD_PROGRESS_SECONDS = 5.0
+
 
 @dataclass
 class StartUpTimer:
@@ -153,7 +155,7 @@ class _EngineBuilder:
         if run.weight_reshard == "host":
             cells = (pieces, shape.num_layers, self._layouts.cells_per_layer, self._dtype)
             host_weights = HostWeights(self._share("weights", HostWeights.required_bytes(*cells)), *cells)
-        load_arena(self._arena, plan, self._replica_rank, source, host_weights, _log_progress)
+        load_arena(self._arena, plan, self._replica_rank, source, host_weights, _LoadProgress())
         self._stages = build_stages(
             shape,
             self._layouts,
@@ -304,6 +306,14 @@ def _usable_device_bytes(device: torch.device) -> int:
     )
 
 
-def _log_progress(done: int, total: int) -> None:
-    if dist.get_rank() == 0 and (done == total or done % max(1, total // 10) == 0):
-        logger.info("weights: %d of %d cells", done, total)
+class _LoadProgress:
+    """Says on the log how far loading is, every few seconds, from the first rank."""
+
+    def __init__(self) -> None:
+        self._said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if dist.get_rank() == 0 and now - self._said > LOAD_PROGRESS_SECONDS:
+            self._said = now
+            logger.info("weights: %d of %d cells", done, total)

@@ -46,7 +46,7 @@ def test_summary():
         "transitions": 1,
         "evictions": 3,
         "reshard": {
-            "seconds": 1.0,
+            "seconds": 0.5,
             "weight_bytes": 2 * GIB,
             "kv_out_bytes": 4 * GIB,
             "kv_in_bytes": 4 * GIB,
@@ -109,7 +109,7 @@ def test_table():
         "    load weights              1.50 s",
         "  transitions                    1",
         "  evictions                      3",
-        "  re-shard weights           2.000 GiB      1.00 s",
+        "  re-shard weights           2.000 GiB      0.50 s",
         "  KV to host                 4.000 GiB",
         "  KV from host               4.000 GiB",
         "  rank 0 peak: host, device  0.500 GiB    10.000 GiB",
