@@ -15,6 +15,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from transformers import LlamaConfig
 
+from seesaw_ds.checkpoint.cell_layout import is_cells_folder
+from seesaw_ds.checkpoint.source import CellsSource
 from seesaw_ds.config import RunConfig, dtype_name, max_model_len
 from seesaw_ds.kv.device_pool import DeviceKVPool
 from seesaw_ds.kv.host_pool import HostKVPool
@@ -77,10 +79,14 @@ class Engine:
     links: tuple[PipelineLink, ...]
     pool_sizes: PoolSizes
 
-    def close(self) -> None:
-        self.decode.read_all_tokens()  # the last steps' tokens: their sends complete only when somebody receives
+    def drain(self) -> None:
+        """Complete every transfer of the pipelines: the last steps' tokens are sent only when somebody receives."""
+        self.decode.read_all_tokens()
         for link in self.links:
             link.drain()
+
+    def close(self) -> None:
+        """Give back host memory. `drain` comes first."""
         self.reshard.close()
         self.host_pool.close()
 
@@ -293,6 +299,8 @@ class _EngineBuilder:
 def _source(run: RunConfig, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> WeightSource:
     if run.load_format == "dummy":
         return DummySource(shape, dtype, device, run.seed)
+    if is_cells_folder(run.model):
+        return CellsSource(run.model, shape, dtype)
     return SafetensorsSource(shape, check_checkpoint(run.model, shape), dtype)
 
 

@@ -197,8 +197,10 @@ class Worker:
         self._steps.close()
         self._swap_out.close()
         self._swap_in.close()
-        self._engine.close()
+        self._engine.drain()
         self._send_telemetry()
         self._reporter.result(wire.WorkerBye(self._rank))
         self._commands.close()
         self._reporter.close()
+        # Last, for giving back tens of GiB of registered memory takes seconds, and nobody waits for it.
+        self._engine.close()

@@ -1,0 +1,190 @@
+"""Time a few decoder layers on one device, kernel by kernel: where prefill and decode spend their time.
+
+    python tools/profile_layers.py --model-shape llama2-70b --tensor-parallel-size 2
+
+Builds one rank's shard of `--layers` layers with random weights in a process group of one, so all-reduces are left
+out. Decode is timed as a captured graph where the device has graphs. Times are per layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from seesaw_ds.layout import LayoutPair, Phase
+from seesaw_ds.model.attention.interface import AttentionBackend, AttentionBatch
+from seesaw_ds.model.backends import choose_backends
+from seesaw_ds.model.build import build_stages, load_arena
+from seesaw_ds.model.decoder import DecoderStage
+from seesaw_ds.model.ops.interface import TokenPlaces
+from seesaw_ds.model.weights import DummySource, cell_tensors
+from seesaw_ds.parallel.all_reduce import AllReduce, BackendAllReduce
+from seesaw_ds.parallel.groups import ParallelState
+from seesaw_ds.reshard.arena import WeightArena
+from seesaw_ds.reshard.plan import plan_reshard
+from seesaw_ds.shapes import ModelShape, model_shape
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK_SIZE = 16
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-shape", default="llama2-70b", help="a name in configs/models")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="time one of so many ranks' shard")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--prefill-tokens", type=int, nargs="*", default=[2048, 4096, 8192])
+    parser.add_argument("--prompt-len", type=int, default=2048, help="of each prompt in a prefill micro-batch")
+    parser.add_argument("--decode-rows", type=int, nargs="*", default=[1, 16, 64, 112, 256])
+    parser.add_argument("--context-len", type=int, default=3000, help="of each sequence in a decode step")
+    parser.add_argument("--kernels", type=int, default=12, help="how many kernels of the profile to print")
+    return parser.parse_args()
+
+
+def shard_shape(name: str, tp: int, num_layers: int) -> ModelShape:
+    """The named model cut to `num_layers` layers and to what one of `tp` ranks owns of each."""
+    shape = model_shape(json.loads((ROOT / "configs" / "models" / f"{name}.json").read_text()))
+    return dataclasses.replace(
+        shape,
+        num_layers=num_layers,
+        num_heads=shape.num_heads // tp,
+        num_kv_heads=shape.num_kv_heads // tp,
+        intermediate_size=shape.intermediate_size // tp,
+    )
+
+
+class Layers:
+    """A stage of a few layers with a KV pool, on this process's device."""
+
+    def __init__(self, shape: ModelShape, num_blocks: int, device: torch.device) -> None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        layouts = LayoutPair.parse("T1")
+        state = ParallelState(layouts)
+        backends = choose_backends(shape, BLOCK_SIZE, dtype, device)
+        plan = plan_reshard(layouts, shape.num_layers)
+        arena = WeightArena(cell_tensors(shape, 1), plan.num_slots[0], dtype, device)
+        source = DummySource(shape, dtype, device, seed=0)
+        load_arena(arena, plan, 0, source, None, lambda done, total: None)
+        reduces: dict[Phase, AllReduce] = {phase: BackendAllReduce(state[phase].tp) for phase in Phase}
+        stages = build_stages(shape, layouts, state, plan, arena, 0, source, backends.ops, reduces, dtype, device)
+        self.stage: DecoderStage = stages[Phase.PREFILL]
+        self.shape, self.device, self.dtype = shape, device, dtype
+        self.has_graphs = backends.has_graphs
+        self.make_attention = backends.make_attention
+        size = (num_blocks, shape.num_layers, 2, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
+        pool = torch.randn(size, dtype=dtype, device=device)
+        self.kv_caches = [pool[:, layer] for layer in range(shape.num_layers)]
+
+    def step(
+        self, attention: AttentionBackend, query_lens: list[int], kv_lens: list[int]
+    ) -> Callable[[], torch.Tensor]:
+        """Plan a step and return the function that runs its layers on random hidden states."""
+        num_tokens = sum(query_lens)
+        width = -(-max(kv_lens) // BLOCK_SIZE)
+        tables = np.arange(len(kv_lens) * width, dtype=np.int32).reshape(len(kv_lens), width)
+        attention.plan(AttentionBatch(np.array(query_lens, np.int32), np.array(kv_lens, np.int32), tables))
+        angles = torch.rand((num_tokens, self.shape.head_dim), device=self.device)
+        last = (
+            torch.tensor(kv_lens, device=self.device).repeat_interleave(torch.tensor(query_lens, device=self.device))
+            - 1
+        )
+        row = torch.arange(len(kv_lens), device=self.device).repeat_interleave(
+            torch.tensor(query_lens, device=self.device)
+        )
+        places = TokenPlaces(angles.cos(), angles.sin(), row * width + last // BLOCK_SIZE, last % BLOCK_SIZE)
+        hidden = torch.randn((num_tokens, self.shape.hidden_size), dtype=self.dtype, device=self.device)
+        return lambda: self.stage(hidden, places, attention, self.kv_caches)
+
+
+def milliseconds(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+    """The median time of `run` after two warm-ups: device events on CUDA, else the host's clock."""
+    for _ in range(2):
+        run()
+    times: list[float] = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            clock = time.perf_counter()
+            run()
+            times.append(1000 * (time.perf_counter() - clock))
+    return statistics.median(times)
+
+
+def captured(run: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    """`run` as a CUDA graph."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def print_profile(run: Callable[[], object], num_layers: int, num_kernels: int) -> None:
+    """The kernels of one run by time, microseconds a layer."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    rows = sorted(profile.key_averages(), key=lambda row: -row.device_time_total)[:num_kernels]
+    for row in rows:
+        print(f"      {row.device_time_total / num_layers:9.1f} us {row.count / num_layers:5.1f} x  {row.key[:100]}")
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    rendezvous = Path(tempfile.mkdtemp()) / "rendezvous"
+    os.environ.setdefault("LOCAL_RANK", "0")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=0, world_size=1)
+    tp, num_layers = arguments.tensor_parallel_size, arguments.layers
+    shape = shard_shape(arguments.model_shape, tp, num_layers)
+    most = max([*arguments.decode_rows, 1]) * (arguments.context_len + BLOCK_SIZE)
+    most = max(most, *arguments.prefill_tokens, 1)
+    layers = Layers(shape, 2 * -(-most // BLOCK_SIZE), device)
+    weights_ms = shape.layer_parameters * layers.dtype.itemsize / 4.3e12 * 1e3
+    print(f"{arguments.model_shape}, one of {tp} tensor-parallel ranks, {num_layers} layers, times a layer")
+    with torch.inference_mode():
+        for num_tokens in arguments.prefill_tokens:
+            lens = [arguments.prompt_len] * (num_tokens // arguments.prompt_len) or [num_tokens]
+            run = layers.step(layers.make_attention(Phase.PREFILL, 1), lens, lens)
+            ms = milliseconds(run, device) / num_layers
+            rate = 2 * shape.layer_parameters * sum(lens) / ms / 1e9
+            print(f"  prefill {sum(lens):6} tokens: {ms:8.3f} ms, matrices alone at {rate:6.1f} TFLOP/s")
+            if layers.has_graphs:
+                print_profile(run, num_layers, arguments.kernels)
+        for num_rows in arguments.decode_rows:
+            attention = layers.make_attention(Phase.DECODE, 1, num_rows, 2 * -(-most // BLOCK_SIZE))
+            run = layers.step(attention, [1] * num_rows, [arguments.context_len] * num_rows)
+            ms = milliseconds(captured(run) if layers.has_graphs else run, device) / num_layers
+            kv_bytes = (
+                num_rows * arguments.context_len * 2 * shape.num_kv_heads * shape.head_dim * layers.dtype.itemsize
+            )
+            floor = weights_ms + kv_bytes / 4.3e12 * 1e3
+            print(f"  decode {num_rows:4} rows: {ms:8.4f} ms, reading weights and KV at 4.3 TB/s takes {floor:.4f}")
+            if layers.has_graphs:
+                print_profile(run, num_layers, arguments.kernels)
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
