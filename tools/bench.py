@@ -125,12 +125,15 @@ def figures(
 ) -> dict[str, Any]:
     """The summary with utilisation of each phase and the ratio to the roofline."""
     phases = summary["phase_seconds"]
-    used: Utilisation = utilisation(shape, lengths, machine, world_size, phases["prefill"], phases["decode"])
+    used: Utilisation = utilisation(
+        shape, lengths, machine, world_size, phases["prefill"], phases["decode"], summary["decode_steps"]
+    )
     floor = roofline_seconds(shape, lengths, machine, world_size)
     return {
         **summary,
         "prefill_mfu": round(used.prefill_flops, 4),
         "decode_flops_utilisation": round(used.decode_flops, 4),
+        "decode_hbm_utilisation": round(used.decode_bytes, 4),
         "roofline_requests_per_second": round(len(lengths) / floor, 4),
         "roofline_ratio": round(floor / summary["elapsed_time"], 4),
     }
@@ -138,7 +141,7 @@ def figures(
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     header = f"{'workload':<16}{'layouts':<12}{'req/s':>8}{'tok/s':>9}{'prefill s':>10}{'decode s':>9}{'switch s':>9}"
-    print(header + f"{'switches':>9}{'evict':>6}{'MFU %':>7}{'roofline %':>11}{'start s':>8}")
+    print(header + f"{'switches':>9}{'evict':>6}{'MFU %':>7}{'HBM %':>7}{'roofline %':>11}{'start s':>8}")
     for row in rows:
         if "error" in row:
             print(f"{row['workload']:<16}{row['layouts']:<12}failed: {row['error'].splitlines()[0]}")
@@ -147,8 +150,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         print(
             f"{row['workload']:<16}{row['layouts']:<12}{row['requests_per_second']:>8.3f}{row['tokens_per_second']:>9.0f}"
             f"{phases['prefill']:>10.2f}{phases['decode']:>9.2f}{phases['transition']:>9.2f}{row['transitions']:>9}"
-            f"{row['evictions']:>6}{100 * row['prefill_mfu']:>7.1f}{100 * row['roofline_ratio']:>11.1f}"
-            f"{phases['startup']:>8.1f}",
+            f"{row['evictions']:>6}{100 * row['prefill_mfu']:>7.1f}{100 * row['decode_hbm_utilisation']:>7.1f}"
+            f"{100 * row['roofline_ratio']:>11.1f}{phases['startup']:>8.1f}",
             flush=True,
         )
 

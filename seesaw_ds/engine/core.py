@@ -56,6 +56,7 @@ class EngineCore:
         self._watched: set[int] = set()
         self._ended: list[int] = []
         self._results: list[SequenceResult] = []
+        self.num_decode_steps = 0
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
 
@@ -139,6 +140,7 @@ class EngineCore:
         self._send(Prefill(batch, unknown))
 
     def _issue_decode(self, batch: actions.DecodeBatch) -> None:
+        self.num_decode_steps += 1
         slots = [row.slot for row in batch.rows]
         changed = self._group_slots.get(batch.group) != slots
         self._group_slots[batch.group] = slots

@@ -177,6 +177,7 @@ class Progress(msgspec.Struct, tag=True, frozen=True):
     host_blocks_used: int
     host_blocks_total: int
     num_evictions: int
+    num_decode_steps: int
     prompt_tokens: int
     output_tokens: int
 

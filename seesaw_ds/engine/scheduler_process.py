@@ -187,6 +187,7 @@ class SchedulerProcess:
                 host_blocks_used=stats.num_host_blocks_used,
                 host_blocks_total=stats.num_host_blocks,
                 num_evictions=stats.num_evictions,
+                num_decode_steps=core.num_decode_steps,
                 prompt_tokens=core.num_prompt_tokens,
                 output_tokens=core.num_output_tokens,
             )

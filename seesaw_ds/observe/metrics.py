@@ -56,6 +56,7 @@ class ReplicaMetrics:
     seconds: dict[Activity, float] = field(default_factory=lambda: dict.fromkeys(Activity, 0.0))
     num_transitions: int = 0
     num_evictions: int = 0
+    num_decode_steps: int = 0
     host_blocks_used: int = 0
     host_blocks_total: int = 0
 
@@ -141,6 +142,10 @@ class RunMetrics:
         """The evictions of a replica since the start."""
         self.replicas[replica].num_evictions = num_evictions
 
+    def set_decode_steps(self, replica: int, num_decode_steps: int) -> None:
+        """The decode steps of a replica since the start; each pipeline group's counts as one."""
+        self.replicas[replica].num_decode_steps = num_decode_steps
+
     def set_rank(self, rank: int, counters: RankCounters) -> None:
         """The latest totals of a worker."""
         self.ranks[rank] = counters
@@ -168,6 +173,10 @@ class RunMetrics:
     def num_transitions(self) -> int:
         """Phase changes that were begun, summed over replicas."""
         return sum(state.num_transitions for state in self.replicas)
+
+    @property
+    def num_decode_steps(self) -> int:
+        return sum(state.num_decode_steps for state in self.replicas)
 
     @property
     def num_evictions(self) -> int:

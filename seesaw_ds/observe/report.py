@@ -46,6 +46,7 @@ def summary(metrics: RunMetrics) -> dict[str, Any]:
         "startup_seconds": {part: round(seconds, 6) for part, seconds in metrics.startup_seconds.items()},
         "transitions": metrics.num_transitions,
         "evictions": metrics.num_evictions,
+        "decode_steps": metrics.num_decode_steps,
         "reshard": {
             "seconds": round(min((rank.reshard_seconds for rank in ranks), default=0.0), 6),
             "weight_bytes": sum(rank.weight_bytes for rank in ranks),

@@ -21,10 +21,11 @@ class Machine(NamedTuple):
 
 
 class Utilisation(NamedTuple):
-    """Model FLOPs over the peak, in the seconds of each phase."""
+    """Shares of the devices' peak in the seconds of each phase: model FLOPs, and bytes of weights and KV read."""
 
     prefill_flops: float
     decode_flops: float
+    decode_bytes: float
 
 
 def _parameters(shape: ModelShape) -> int:
@@ -53,15 +54,26 @@ def utilisation(
     num_devices: int,
     prefill_seconds: float,
     decode_seconds: float,
+    num_decode_steps: int,
+    dtype: str = "bfloat16",
 ) -> Utilisation:
-    """How much of the devices' peak each phase reached."""
+    """How much of the devices' peak each phase reached. Every decode step reads the weights once, over all ranks."""
     peak = machine.flops_per_second * num_devices
     prefill = sum(prefill_flops(shape, length.input_tokens) for length in lengths)
     decode = sum(decode_flops(shape, length) for length in lengths)
+    decode_bytes = num_decode_steps * _parameters(shape) * DTYPE_BYTES[dtype] + _decode_kv_bytes(shape, lengths, dtype)
     return Utilisation(
         prefill / (peak * prefill_seconds) if prefill_seconds else 0.0,
         decode / (peak * decode_seconds) if decode_seconds else 0.0,
+        decode_bytes / (machine.bytes_per_second * num_devices * decode_seconds) if decode_seconds else 0.0,
     )
+
+
+def _decode_kv_bytes(shape: ModelShape, lengths: Sequence[RequestLength], dtype: str) -> float:
+    """KV read by all decode steps: each token reads its sequence so far."""
+    token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * DTYPE_BYTES[dtype]
+    contexts = ((length.output_tokens - 1) * (length.input_tokens + length.output_tokens / 2) for length in lengths)
+    return token_bytes * sum(contexts)
 
 
 def roofline_seconds(
@@ -71,12 +83,7 @@ def roofline_seconds(
     flops = machine.flops_per_second * num_devices
     bandwidth = machine.bytes_per_second * num_devices
     itemsize = DTYPE_BYTES[dtype]
-    kv_token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * itemsize
     prefill = sum(prefill_flops(shape, length.input_tokens) for length in lengths) / flops
-    kv_bytes = sum(
-        (length.output_tokens - 1) * (length.input_tokens + length.output_tokens / 2) * kv_token_bytes
-        for length in lengths
-    )
     weight_seconds = _parameters(shape) * itemsize / bandwidth
     token_seconds = 2 * _parameters(shape) / flops
     steps = 0.0
@@ -87,4 +94,4 @@ def roofline_seconds(
         steps += (output - done) * max(weight_seconds, running * token_seconds)
         done = output
         running -= 1
-    return prefill + steps + kv_bytes / bandwidth
+    return prefill + steps + _decode_kv_bytes(shape, lengths, dtype) / bandwidth

@@ -75,8 +75,14 @@ def test_figures_relate_a_run_to_the_machine(tmp_path: Path):
         "transition": 0.0,
         "startup": 1.0,
     }
-    row = figures({"elapsed_time": 2 * floor, "phase_seconds": seconds}, shape, lengths, MACHINE, 2)
+    summary = {"elapsed_time": 2 * floor, "phase_seconds": seconds, "decode_steps": 10}
+    row = figures(summary, shape, lengths, MACHINE, 2)
     assert row["prefill_mfu"] == pytest.approx(0.5, abs=1e-3)
+    # Ten steps read the weights ten times; four sequences of about 1,005 tokens are read at each.
+    weights = shape.num_layers * shape.layer_parameters + shape.vocab_size * shape.hidden_size
+    kv_token_bytes = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 2
+    expected = 10 * (2 * weights + 4 * 1005.5 * kv_token_bytes) / 8.6e12
+    assert row["decode_hbm_utilisation"] == pytest.approx(expected, abs=1e-4)
     assert row["roofline_ratio"] == pytest.approx(0.5, abs=1e-3)
     assert row["roofline_requests_per_second"] == pytest.approx(4 / floor, rel=1e-3)
 
