@@ -24,6 +24,7 @@ setup(
     ],
     extras_require={
         "cuda": ["flashinfer-python"],
+        "plot": ["matplotlib"],
         "test": [
             "pytest",
             "pytest-timeout",

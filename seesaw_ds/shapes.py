@@ -9,14 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from seesaw_ds.errors import UserError
+from seesaw_ds.model.families import FAMILIES
+from seesaw_ds.model.families.family import AttentionKind, Family
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes and switches of a Llama-family decoder. `num_heads` are query heads, `dtype` is the checkpoint's."""
+    """Sizes and switches of a decoder. `num_heads` are query heads, `dtype` is the checkpoint's.
+
+    intermediate_size   of an FFN; with `num_experts`, of each expert
+    attention           how each layer attends; () is all alike, without a window
+    attention_scale     on attention scores; None is head_dim ** -0.5
+    *_soft_cap          c: scores or logits become ``c * tanh(x / c)``
+    embedding_scale, residual_scale, logit_scale    on embeddings, on each attention's and FFN's output, on logits
+    """
 
     architecture: str
     num_layers: int
@@ -30,6 +38,29 @@ class ModelShape:
     rms_norm_eps: float
     tie_word_embeddings: bool
     dtype: str
+    attention: tuple[AttentionKind, ...] = ()
+    attention_scale: float | None = None
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    num_experts: int = 0
+    experts_per_token: int = 0
+    has_normalized_experts: bool = True
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.architecture]
+
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """The different ways in which layers attend."""
+        return tuple(dict.fromkeys(self.attention)) or (AttentionKind(),)
+
+    def layer_kind(self, layer: int) -> int:
+        """Which of `attention_kinds` is that of `layer`."""
+        return self.attention_kinds.index(self.attention[layer]) if self.attention else 0
 
     @property
     def queries_per_kv_head(self) -> int:
@@ -39,7 +70,7 @@ class ModelShape:
     def layer_parameters(self) -> int:
         """Parameters of one decoder layer's matrices (norms are negligible and kept whole on every rank)."""
         attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
-        return attention + 3 * self.intermediate_size * self.hidden_size
+        return attention + 3 * max(1, self.num_experts) * self.intermediate_size * self.hidden_size
 
     def kv_block_bytes(self, num_layers: int, num_kv_heads: int, block_size: int, dtype: str) -> int:
         """Bytes of one KV block of `block_size` tokens for that many layers and heads."""
@@ -72,48 +103,64 @@ def _longest_position(config: Mapping[str, Any]) -> int:
 def model_shape(config: Mapping[str, Any]) -> ModelShape:
     """Sizes from a Hugging Face config. Raises UserError for an architecture or switch that is not supported."""
     architectures = config.get("architectures") or ["(none)"]
-    if architectures[0] not in SUPPORTED_ARCHITECTURES:
-        known = ", ".join(SUPPORTED_ARCHITECTURES)
-        raise UserError(f"architectures={architectures}: not supported; supported: {known}")
-    for switch in ("attention_bias", "mlp_bias"):
-        if config.get(switch):
-            raise UserError(f"{switch}=true in config.json: not supported for {architectures[0]}")
-    if config.get("hidden_act", "silu") != "silu":
-        raise UserError(
-            f"hidden_act={config['hidden_act']!r} in config.json: not supported for {architectures[0]}; only silu"
-        )
+    if architectures[0] not in FAMILIES:
+        raise UserError(f"architectures={architectures}: not supported; supported: {', '.join(FAMILIES)}")
+    family = FAMILIES[architectures[0]]
+    config = {**family.defaults, **config}
+    _check_switches(config, family)
     try:
-        num_heads = int(config["num_attention_heads"])
-        num_kv_heads = int(config.get("num_key_value_heads") or num_heads)
-        if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
-            raise UserError(
-                f"num_attention_heads={num_heads} in config.json: must be a multiple of "
-                f"num_key_value_heads={num_kv_heads}"
-            )
-        hidden_size = int(config["hidden_size"])
-        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-        shape = ModelShape(
-            architecture=architectures[0],
-            num_layers=int(config["num_hidden_layers"]),
-            hidden_size=hidden_size,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=int(config.get("head_dim") or hidden_size // num_heads),
-            intermediate_size=int(config["intermediate_size"]),
-            vocab_size=int(config["vocab_size"]),
-            max_position_embeddings=_longest_position(config),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            dtype=str(dtype),
-        )
+        shape = ModelShape(architecture=family.architecture, **(_sizes(config) | family.switches(config)))
     except KeyError as error:
         raise UserError(f"config.json: {error.args[0]} is missing") from None
     except UserError:
         raise
     except (TypeError, ValueError) as error:
         raise UserError(f"config.json: a size is not a number ({error})") from None
+    if shape.attention and len(shape.attention) != shape.num_layers:
+        raise UserError(
+            f"layer_types in config.json: has {len(shape.attention)} entries; num_hidden_layers={shape.num_layers}"
+        )
     if shape.dtype not in DTYPE_BYTES:
         raise UserError(
             f"dtype={shape.dtype!r} in config.json: must be one of {', '.join(DTYPE_BYTES)}; set dtype in the config"
         )
     return shape
+
+
+def _check_switches(config: Mapping[str, Any], family: Family) -> None:
+    """Raises UserError that names a switch whose value this family does not have here."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    values = {**config, "partial_rotary_factor": rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))}
+    for switch, supported in {**family.only, "partial_rotary_factor": 1.0}.items():
+        value = values.get(switch)
+        if value is None or value == supported:
+            continue
+        text = repr(value) if isinstance(value, str) else json.dumps(value)
+        raise UserError(
+            f"{switch}={text} in config.json: not supported for {family.architecture}; "
+            f"only {supported if isinstance(supported, str) else json.dumps(supported)}"
+        )
+
+
+def _sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that every family has. Raises KeyError for a missing one, TypeError or ValueError for no number."""
+    num_heads = int(config["num_attention_heads"])
+    num_kv_heads = int(config.get("num_key_value_heads") or num_heads)
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise UserError(
+            f"num_attention_heads={num_heads} in config.json: must be a multiple of num_key_value_heads={num_kv_heads}"
+        )
+    hidden_size = int(config["hidden_size"])
+    return {
+        "num_layers": int(config["num_hidden_layers"]),
+        "hidden_size": hidden_size,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": int(config.get("head_dim") or hidden_size // num_heads),
+        "intermediate_size": int(config["intermediate_size"]),
+        "vocab_size": int(config["vocab_size"]),
+        "max_position_embeddings": _longest_position(config),
+        "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "dtype": str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+    }

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 VOCAB_SIZE = 128
 EOS_TOKEN_ID = 1
@@ -64,23 +64,31 @@ def llama_config(**changes: Any) -> LlamaConfig:
 def make_llama(folder: Path, *, seed: int = 0, max_shard_size: str = "50GB", **changes: Any) -> LlamaForCausalLM:
     """Write a float32 model of `llama_config(**changes)` to `folder` and return it, ready to generate.
 
-    Weights are larger than usual in a fresh model, so that logits are well apart and two ways of adding up the same
-    sums choose the same tokens. `max_shard_size` ("100KB") makes several safetensors files with an index.
+    `max_shard_size` ("100KB") makes several safetensors files with an index.
+    """
+    model = LlamaForCausalLM(llama_config(**changes)).eval()
+    randomize(model, seed)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return model
+
+
+def randomize(model: PreTrainedModel, seed: int, *, norm_center: float = 1.0) -> None:
+    """Give `model` random weights, norms around `norm_center`.
+
+    They are larger than usual in a fresh model, so that logits are well apart and two ways of adding up the same
+    sums choose the same tokens.
     """
     generator = torch.Generator().manual_seed(seed)
-    model = LlamaForCausalLM(llama_config(**changes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
-                parameter.copy_(1.0 + 0.1 * values)
+                parameter.copy_(values if name.endswith("bias") else norm_center + 0.1 * values)
             elif "embed_tokens" in name:
                 # A tied embedding this small leaves the choice of the next token to the layers, not to the last token.
                 parameter.copy_(0.2 * values if model.config.tie_word_embeddings else values)
             else:
-                parameter.copy_(values / parameter.shape[1] ** 0.5)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
-    return model
+                parameter.copy_(values / parameter.shape[-1] ** 0.5)
 
 
 def greedy_tokens(

@@ -88,13 +88,14 @@ class Layers:
         self.kv_caches = [pool[:, layer] for layer in range(shape.num_layers)]
 
     def step(
-        self, attention: AttentionBackend, query_lens: list[int], kv_lens: list[int]
+        self, attention: tuple[AttentionBackend, ...], query_lens: list[int], kv_lens: list[int]
     ) -> Callable[[], torch.Tensor]:
         """Plan a step and return the function that runs its layers on random hidden states."""
         num_tokens = sum(query_lens)
         width = -(-max(kv_lens) // BLOCK_SIZE)
         tables = np.arange(len(kv_lens) * width, dtype=np.int32).reshape(len(kv_lens), width)
-        attention.plan(AttentionBatch(np.array(query_lens, np.int32), np.array(kv_lens, np.int32), tables))
+        for backend in attention:
+            backend.plan(AttentionBatch(np.array(query_lens, np.int32), np.array(kv_lens, np.int32), tables))
         angles = torch.rand((num_tokens, self.shape.head_dim), device=self.device)
         last = (
             torch.tensor(kv_lens, device=self.device).repeat_interleave(torch.tensor(query_lens, device=self.device))
@@ -105,7 +106,7 @@ class Layers:
         )
         places = TokenPlaces(angles.cos(), angles.sin(), row * width + last // BLOCK_SIZE, last % BLOCK_SIZE)
         hidden = torch.randn((num_tokens, self.shape.hidden_size), dtype=self.dtype, device=self.device)
-        return lambda: self.stage(hidden, places, attention, self.kv_caches)
+        return lambda: self.stage(hidden, [places] * len(attention), attention, self.kv_caches)
 
 
 def milliseconds(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:

@@ -11,6 +11,7 @@ import yaml
 from seesaw_ds.batch.job import count_requests
 from seesaw_ds.batch.journal import ResultJournal
 from seesaw_ds.batch.manifest import Manifest, check_or_create, describe_run, manifest_path
+from seesaw_ds.checkpoint.cell_layout import check_cells, is_cells_folder
 from seesaw_ds.config import RunConfig, check_fit, dtype_name, max_model_len, parse_config
 from seesaw_ds.errors import UserError
 from seesaw_ds.model.checkpoint import check_checkpoint
@@ -57,7 +58,10 @@ def check_run(run: RunConfig, world_size: int) -> None:
     except OSError as error:
         raise UserError(f"input={run.input!r}: cannot be read ({error.strerror})") from None
     if run.load_format == "auto":
-        check_checkpoint(run.model, shape)
+        if is_cells_folder(run.model):
+            check_cells(run.model, shape, run.layout_pair.cells_per_layer)
+        else:
+            check_checkpoint(run.model, shape)
 
 
 def run_manifest(run: RunConfig) -> Manifest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import logging
 import shutil
@@ -12,7 +11,7 @@ from typing import Protocol
 import torch
 
 from seesaw_ds.layout import Phase
-from seesaw_ds.model.attention.interface import AttentionBackend
+from seesaw_ds.model.attention.interface import AttentionBackend, AttentionRule
 from seesaw_ds.model.attention.torch_backend import TorchAttention
 from seesaw_ds.model.ops.interface import LayerOps
 from seesaw_ds.model.ops.torch_ops import TorchOps
@@ -34,41 +33,54 @@ def _why_not_flashinfer(dtype: torch.dtype, head_dim: int) -> str | None:
     return None
 
 
+def _rules(shape: ModelShape) -> list[AttentionRule]:
+    """One for each of the shape's attention kinds."""
+    scale = shape.head_dim**-0.5 if shape.attention_scale is None else shape.attention_scale
+    return [AttentionRule(scale, shape.attention_soft_cap, kind.window) for kind in shape.attention_kinds]
+
+
 @dataclass(frozen=True)
 class TorchBackends:
     """Plain torch everywhere."""
 
+    shape: ModelShape
     block_size: int
     device: torch.device
-    ops: LayerOps = dataclasses.field(default_factory=TorchOps)
+    ops: LayerOps
     has_graphs: bool = False
 
-    def make_attention(self, phase: Phase, tp: int, max_num_seqs: int = 0, max_num_blocks: int = 0) -> AttentionBackend:
-        return TorchAttention(self.block_size, self.device)
+    def make_attention(
+        self, phase: Phase, tp: int, max_num_seqs: int = 0, max_num_blocks: int = 0
+    ) -> tuple[AttentionBackend, ...]:
+        return tuple(TorchAttention(rule, self.block_size, self.device) for rule in _rules(self.shape))
 
 
 @dataclass(frozen=True)
 class CudaBackends:
-    """FlashInfer's kernels and our own. Nothing in a decode step touches the host, so it can be captured."""
+    """FlashInfer's kernels and our own. Nothing of these in a decode step touches the host, so it can be captured."""
 
     shape: ModelShape
     block_size: int
     dtype: torch.dtype
     device: torch.device
     ops: LayerOps
-    has_graphs: bool = True
+    has_graphs: bool
 
-    def make_attention(self, phase: Phase, tp: int, max_num_seqs: int = 0, max_num_blocks: int = 0) -> AttentionBackend:
+    def make_attention(
+        self, phase: Phase, tp: int, max_num_seqs: int = 0, max_num_blocks: int = 0
+    ) -> tuple[AttentionBackend, ...]:
         from seesaw_ds.model.attention.flashinfer_backend import FlashInferDecode, FlashInferPrefill
 
         heads = (self.shape.num_heads // tp, self.shape.num_kv_heads // tp, self.shape.head_dim)
+        rules = _rules(self.shape)
         if phase is Phase.PREFILL:
-            return FlashInferPrefill(*heads, self.block_size, self.dtype, self.device)
-        return FlashInferDecode(*heads, self.block_size, max_num_seqs, max_num_blocks, self.dtype, self.device)
+            return tuple(FlashInferPrefill(rule, *heads, self.block_size, self.dtype, self.device) for rule in rules)
+        sizes = (self.block_size, max_num_seqs, max_num_blocks)
+        return tuple(FlashInferDecode(rule, *heads, *sizes, self.dtype, self.device) for rule in rules)
 
 
 class Backends(Protocol):
-    """`ops` for every layer, an attention backend for each phase.
+    """`ops` for every layer, and for each phase an attention backend for each of the shape's attention kinds.
 
     `has_graphs`: decode steps may be captured as CUDA graphs. A decode backend is made for at most `max_num_seqs`
     sequences whose tables hold at most `max_num_blocks` blocks together.
@@ -82,18 +94,29 @@ class Backends(Protocol):
 
     def make_attention(
         self, phase: Phase, tp: int, max_num_seqs: int = 0, max_num_blocks: int = 0
-    ) -> AttentionBackend: ...
+    ) -> tuple[AttentionBackend, ...]: ...
 
 
 def choose_backends(shape: ModelShape, block_size: int, dtype: torch.dtype, device: torch.device) -> Backends:
     """The fastest kernels this device, dtype and model can use; says on the log why when they are the slow ones."""
+    settings = (shape.family.activation, shape.family.norm_adds_one)
     if not is_cuda(device):
-        return TorchBackends(block_size, device)
+        return TorchBackends(shape, block_size, device, TorchOps(*settings))
     reason = _why_not_flashinfer(dtype, shape.head_dim)
     if reason is not None:
         logger.warning("attention in plain torch, several times slower: %s", reason)
-        return TorchBackends(block_size, device)
+        return TorchBackends(shape, block_size, device, TorchOps(*settings))
 
     from seesaw_ds.model.ops.cuda_ops import CudaOps
 
-    return CudaBackends(shape, block_size, dtype, device, CudaOps())
+    return CudaBackends(
+        shape, block_size, dtype, device, CudaOps(*settings), has_graphs=_can_capture(shape, dtype, device)
+    )
+
+
+def _can_capture(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the experts' grouped products leave the host alone: for bfloat16 from Hopper on they are one kernel."""
+    if not shape.num_experts or (dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] >= 9):
+        return True
+    logger.warning("no CUDA graphs: torch routes tokens to experts on the host, unless in bfloat16 on Hopper or later")
+    return False

@@ -8,9 +8,10 @@ import torch
 
 from seesaw_ds.layout import LayoutPair, Phase
 from seesaw_ds.model.decoder import DecoderLayer, DecoderStage
-from seesaw_ds.model.layers import RMSNorm, bind, padded_vocab_size
+from seesaw_ds.model.layers import bind, padded_vocab_size
 from seesaw_ds.model.ops.interface import LayerOps
-from seesaw_ds.model.weights import WeightSource, norm_names, vocab_shard
+from seesaw_ds.model.tensors import replicated_tensors
+from seesaw_ds.model.weights import WeightSource, vocab_shard
 from seesaw_ds.parallel.all_reduce import AllReduce
 from seesaw_ds.parallel.groups import ParallelState
 from seesaw_ds.reshard.arena import WeightArena
@@ -55,7 +56,7 @@ def build_stages(
     device: torch.device,
 ) -> dict[Phase, DecoderStage]:
     """The stage that this rank runs in each phase. With a static layout both are the same object."""
-    norms = {name: RMSNorm(source.norm(name).to(device), shape.rms_norm_eps, ops) for name in norm_names(shape)}
+    replicated = {name: source.replicated(name).to(device) for name in replicated_tensors(shape)}
     stages: dict[Phase, DecoderStage] = {}
     for phase in Phase:
         if layouts.is_static and stages:
@@ -64,7 +65,7 @@ def build_stages(
         groups = state.activate(phase)
         shard = groups.layout.shard(replica_rank, shape.num_layers, shape.num_kv_heads)
         num_cells = plan.cells_per_rank(phase)
-        stage = DecoderStage(shape, groups, shard.layers, num_cells, norms, ops, all_reduces[phase], dtype)
+        stage = DecoderStage(shape, groups, shard.layers, num_cells, replicated, ops, all_reduces[phase], dtype)
         first_slots = [plan.first_slot(phase, replica_rank, layer) for layer in shard.layers.indices()]
         _bind_layers(stage, arena, first_slots, num_cells)
         _bind_vocabulary(stage, shape, source, device)
@@ -78,8 +79,7 @@ def _bind_layers(stage: DecoderStage, arena: WeightArena, first_slots: list[int]
         assert isinstance(layer, DecoderLayer)
         bind(layer.qkv, arena.matrix("qkv", slot, num_cells))
         bind(layer.o, arena.matrix("o", slot, num_cells).t())
-        bind(layer.gate_up, arena.matrix("gate_up", slot, num_cells))
-        bind(layer.down, arena.matrix("down", slot, num_cells).t())
+        layer.ffn.bind(arena.matrix("gate_up", slot, num_cells), arena.matrix("down", slot, num_cells))
 
 
 def _bind_vocabulary(stage: DecoderStage, shape: ModelShape, source: WeightSource, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from seesaw_ds.errors import UserError
+from seesaw_ds.model.tensors import HEAD, expected_tensors
 from seesaw_ds.shapes import ModelShape
 
 _DTYPE_BYTES = {
@@ -122,13 +123,18 @@ def _read_entry(path: Path, name: str, item: Any) -> tuple[TensorEntry, int]:
 
 
 def check_checkpoint(folder: str | Path, shape: ModelShape) -> dict[str, TensorEntry]:
-    """Index `folder`; every tensor of `shape` must be there, in its size. Raises UserError naming what is not."""
+    """Index `folder`; its tensors must be those of `shape`, in their sizes. Raises UserError naming what is not."""
     entries = index_checkpoint(folder)
     expected = expected_tensors(shape)
     missing = [name for name in expected if name not in entries]
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(f"model={str(folder)!r}: weights missing: {', '.join(missing[:3])}{more}")
+        raise UserError(f"model={str(folder)!r}: weights missing: {_first_names(missing)}")
+    extra = [name for name in entries if name not in expected and not _is_derived(name, shape)]
+    if extra:
+        raise UserError(
+            f"model={str(folder)!r}: weights that config.json has no place for: {_first_names(extra)}; "
+            f"they may be of another architecture than {shape.architecture}"
+        )
     for name, size in expected.items():
         if entries[name].shape != size:
             raise UserError(
@@ -141,25 +147,11 @@ def check_checkpoint(folder: str | Path, shape: ModelShape) -> dict[str, TensorE
     return entries
 
 
-def expected_tensors(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a Llama checkpoint in Hugging Face form."""
-    hidden, ffn = shape.hidden_size, shape.intermediate_size
-    q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, hidden)}
-    for layer in range(shape.num_layers):
-        prefix = f"model.layers.{layer}."
-        tensors |= {
-            prefix + "input_layernorm.weight": (hidden,),
-            prefix + "self_attn.q_proj.weight": (q_size, hidden),
-            prefix + "self_attn.k_proj.weight": (kv_size, hidden),
-            prefix + "self_attn.v_proj.weight": (kv_size, hidden),
-            prefix + "self_attn.o_proj.weight": (hidden, q_size),
-            prefix + "post_attention_layernorm.weight": (hidden,),
-            prefix + "mlp.gate_proj.weight": (ffn, hidden),
-            prefix + "mlp.up_proj.weight": (ffn, hidden),
-            prefix + "mlp.down_proj.weight": (hidden, ffn),
-        }
-    tensors["model.norm.weight"] = (hidden,)
-    if not shape.tie_word_embeddings:
-        tensors["lm_head.weight"] = (shape.vocab_size, hidden)
-    return tensors
+def _first_names(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _is_derived(name: str, shape: ModelShape) -> bool:
+    """Whether other tensors and the config already say what this one holds."""
+    return name.endswith("rotary_emb.inv_freq") or (name == HEAD and shape.tie_word_embeddings)

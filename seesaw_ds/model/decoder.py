@@ -1,4 +1,4 @@
-"""One pipeline stage of a Llama-family decoder, in one phase's layout.
+"""One pipeline stage of a decoder, in one phase's layout: Llama's, with what other families have in its places.
 
 Shape letters: N tokens of the batch, R rows that need logits, H local query heads, K local KV heads, D head dim,
 M hidden size, V vocabulary.
@@ -6,12 +6,16 @@ M hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import nn
 
-from seesaw_ds.layout import Range
+from seesaw_ds.layout import Range, split_evenly
 from seesaw_ds.model.attention.interface import AttentionBackend
-from seesaw_ds.model.layers import ColumnLinear, RMSNorm, RowLinear, VocabEmbedding, padded_vocab_size
+from seesaw_ds.model.experts import Experts
+from seesaw_ds.model.layers import ColumnLinear, RowLinear, VocabEmbedding, bind, padded_vocab_size
+from seesaw_ds.model.norms import AddResidual, HeadNorm, OutputNorm, OutputScale, ProjectionNorm, RMSNorm
 from seesaw_ds.model.ops.interface import LayerOps, TokenPlaces
 from seesaw_ds.parallel.all_reduce import AllReduce
 from seesaw_ds.parallel.groups import PhaseGroups
@@ -19,19 +23,50 @@ from seesaw_ds.parallel.links import gather_last_dim
 from seesaw_ds.shapes import ModelShape
 
 
-class DecoderLayer(nn.Module):
-    """Attention and FFN with their norms; matrices are bound to arena views after construction.
-
-    The fused QKV output is grouped by KV head, ``[q_0 .. q_G-1, k, v]`` for each; gate and up alternate by
-    cell. Both are what the re-shard plan's cells hold, so a rank's cells, one after another, are its matrix.
-    """
+class FeedForward(nn.Module):
+    """``down(activation(gate(x)) * up(x))``; gate and up alternate by cell."""
 
     def __init__(
         self,
         shape: ModelShape,
         groups: PhaseGroups,
         num_cells: int,
-        norms: tuple[RMSNorm, RMSNorm],
+        ops: LayerOps,
+        all_reduce: AllReduce,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self._num_cells = num_cells
+        self._ops = ops
+        self.gate_up = ColumnLinear(shape.hidden_size, 2 * shape.intermediate_size, groups.tp, dtype)
+        self.down = RowLinear(shape.intermediate_size, shape.hidden_size, groups.tp, all_reduce, dtype)
+
+    def bind(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        """Take arena views, both (rows, M)."""
+        bind(self.gate_up, gate_up)
+        bind(self.down, down.t())
+
+    def forward(self, x_NM: torch.Tensor) -> torch.Tensor:
+        gate_up, _ = self.gate_up(x_NM)
+        out, _ = self.down(self._ops.act_and_mul(gate_up.view(x_NM.shape[0], self._num_cells, 2, -1)))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """Attention and FFN with their norms; matrices are bound to arena views after construction.
+
+    The fused QKV output is grouped by KV head, ``[q_0 .. q_G-1, k, v]`` for each, and gate and up alternate by
+    cell. Both are what the re-shard plan's cells hold, so a rank's cells, one after another, are its matrix.
+    `replicated` has the tensors of `replicated_tensors`.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        layer: int,
+        groups: PhaseGroups,
+        num_cells: int,
+        replicated: Mapping[str, torch.Tensor],
         ops: LayerOps,
         all_reduce: AllReduce,
         dtype: torch.dtype,
@@ -39,13 +74,23 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self._ops = ops
         self._qkv_shape = (shape.num_kv_heads // groups.layout.tp, shape.queries_per_kv_head + 2, shape.head_dim)
-        self._num_cells = num_cells
         qkv_size = shape.num_kv_heads * (shape.queries_per_kv_head + 2) * shape.head_dim
-        self.input_norm, self.post_attention_norm = norms
         self.qkv = ColumnLinear(shape.hidden_size, qkv_size, groups.tp, dtype)
+        if shape.family.has_qkv_bias:
+            bias = replicated[f"qkv_bias.{layer}"].chunk(groups.layout.tp)[groups.coords.tp]
+            self.qkv.bias = nn.Parameter(bias, requires_grad=False)
         self.o = RowLinear(shape.num_heads * shape.head_dim, shape.hidden_size, groups.tp, all_reduce, dtype)
-        self.gate_up = ColumnLinear(shape.hidden_size, 2 * shape.intermediate_size, groups.tp, dtype)
-        self.down = RowLinear(shape.intermediate_size, shape.hidden_size, groups.tp, all_reduce, dtype)
+        self.ffn: FeedForward | Experts
+        if shape.num_experts:
+            self.ffn = Experts(shape, replicated[f"router.{layer}"], num_cells, ops, all_reduce)
+        else:
+            self.ffn = FeedForward(shape, groups, num_cells, ops, all_reduce, dtype)
+
+        self.before_attention = _norm_before(shape, replicated.get(f"before_attention.{layer}"), ops)
+        self.after_attention = _norm_after(shape, replicated.get(f"after_attention.{layer}"), ops)
+        self.before_ffn = _norm_before(shape, replicated.get(f"before_ffn.{layer}"), ops)
+        self.after_ffn = _norm_after(shape, replicated.get(f"after_ffn.{layer}"), ops)
+        self.qk_norm = _qk_norm(shape, layer, groups, replicated, ops, all_reduce)
 
     def forward(
         self,
@@ -56,23 +101,48 @@ class DecoderLayer(nn.Module):
         kv_cache: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x, residual) to (x, residual): the hidden state is their sum, which the next norm takes as it reads them."""
-        x_NM, residual_NM = self.input_norm(x_NM, residual_NM)
-        x_NM = self._attend(x_NM, places, attention, kv_cache)
-        x_NM, residual_NM = self.post_attention_norm(x_NM, residual_NM)
-        return self._feed_forward(x_NM), residual_NM
+        x_NM, residual_NM = self.before_attention(x_NM, residual_NM)
+        x_NM = self.after_attention(self._attend(x_NM, places, attention, kv_cache))
+        x_NM, residual_NM = self.before_ffn(x_NM, residual_NM)
+        return self.after_ffn(self.ffn(x_NM)), residual_NM
 
     def _attend(
         self, x_NM: torch.Tensor, places: TokenPlaces, attention: AttentionBackend, kv_cache: torch.Tensor
     ) -> torch.Tensor:
         qkv, _ = self.qkv(x_NM)
-        q_NHD = self._ops.rotate_and_store(qkv.view(-1, *self._qkv_shape), places, kv_cache)
+        qkv = self.qk_norm(qkv.view(-1, *self._qkv_shape))
+        q_NHD = self._ops.rotate_and_store(qkv, places, kv_cache)
         out, _ = self.o(attention.forward(q_NHD, kv_cache).flatten(1))
         return out
 
-    def _feed_forward(self, x_NM: torch.Tensor) -> torch.Tensor:
-        gate_up, _ = self.gate_up(x_NM)
-        out, _ = self.down(self._ops.silu_and_mul(gate_up.view(x_NM.shape[0], self._num_cells, 2, -1)))
-        return out
+
+def _norm_before(shape: ModelShape, weight: torch.Tensor | None, ops: LayerOps) -> RMSNorm | AddResidual:
+    return AddResidual() if weight is None else RMSNorm(weight, shape.rms_norm_eps, ops)
+
+
+def _norm_after(shape: ModelShape, weight: torch.Tensor | None, ops: LayerOps) -> nn.Module:
+    if weight is not None:
+        return OutputNorm(weight, shape.rms_norm_eps, ops)
+    return nn.Identity() if shape.residual_scale == 1.0 else OutputScale(shape.residual_scale)
+
+
+def _qk_norm(
+    shape: ModelShape,
+    layer: int,
+    groups: PhaseGroups,
+    replicated: Mapping[str, torch.Tensor],
+    ops: LayerOps,
+    all_reduce: AllReduce,
+) -> nn.Module:
+    if shape.family.qk_norm is None:
+        return nn.Identity()
+    query, key = replicated[f"query.{layer}"], replicated[f"key.{layer}"]
+    if shape.family.qk_norm == "head":
+        return HeadNorm(query, key, shape.rms_norm_eps, ops)
+    heads = split_evenly(shape.num_kv_heads, groups.layout.tp)[groups.coords.tp]
+    by_kv_head = (shape.num_kv_heads, -1, shape.head_dim)
+    local_query, local_key = (weight.view(by_kv_head)[heads.start : heads.stop] for weight in (query, key))
+    return ProjectionNorm(local_query, local_key, query.numel(), key.numel(), shape.rms_norm_eps, all_reduce)
 
 
 class DecoderStage(nn.Module):
@@ -84,7 +154,7 @@ class DecoderStage(nn.Module):
         groups: PhaseGroups,
         layers: Range,
         num_cells: int,
-        norms: dict[str, RMSNorm],
+        replicated: Mapping[str, torch.Tensor],
         ops: LayerOps,
         all_reduce: AllReduce,
         dtype: torch.dtype,
@@ -94,38 +164,45 @@ class DecoderStage(nn.Module):
         self.vocab_size = shape.vocab_size
         self.layer_range = layers
         self.layers = nn.ModuleList(
-            DecoderLayer(
-                shape, groups, num_cells, (norms[f"input.{i}"], norms[f"post_attention.{i}"]), ops, all_reduce, dtype
-            )
-            for i in layers.indices()
+            DecoderLayer(shape, i, groups, num_cells, replicated, ops, all_reduce, dtype) for i in layers.indices()
         )
+        self._kinds = [shape.layer_kind(i) for i in layers.indices()]
         vocab_size = padded_vocab_size(shape.vocab_size, groups.layout.tp)
         self.embedding: VocabEmbedding | None = None
         if groups.is_first_stage:
             self.embedding = VocabEmbedding(vocab_size, shape.hidden_size, groups.tp, dtype)
+        # Rounded as Gemma was trained with: in bfloat16 the square root of 3072 is 55.5.
+        self._embedding_scale = torch.tensor(shape.embedding_scale, dtype=dtype).item()
         self.norm: RMSNorm | None = None
         self.head: ColumnLinear | None = None
         if groups.is_last_stage:
-            self.norm = norms["final"]
+            self.norm = RMSNorm(replicated["final"], shape.rms_norm_eps, ops)
             self.head = ColumnLinear(shape.hidden_size, vocab_size, groups.tp, dtype)
+        self._logit_scale = shape.logit_scale
+        self._logit_soft_cap = shape.logit_soft_cap
 
     def embed(self, token_ids_N: torch.Tensor) -> torch.Tensor:
         """Hidden states (N, M) of int64 token ids; first stage only."""
         assert self.embedding is not None
-        return self.embedding(token_ids_N)
+        hidden_NM = self.embedding(token_ids_N)
+        return hidden_NM if self._embedding_scale == 1.0 else hidden_NM * self._embedding_scale
 
     def forward(
         self,
         hidden_NM: torch.Tensor,
-        places: TokenPlaces,
-        attention: AttentionBackend,
+        places: Sequence[TokenPlaces],
+        attention: Sequence[AttentionBackend],
         kv_caches: list[torch.Tensor],
     ) -> torch.Tensor:
-        """Run the stage's layers; `kv_caches` are their (blocks, 2, K, block size, D) views, in order."""
+        """Run the stage's layers.
+
+        `places` and `attention` have one for each of the shape's attention kinds; `kv_caches` are the layers'
+        (blocks, 2, K, block size, D) views, in order.
+        """
         x_NM: torch.Tensor = hidden_NM
         residual_NM: torch.Tensor | None = None
-        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            x_NM, residual_NM = layer(x_NM, residual_NM, places, attention, kv_cache)
+        for layer, kind, kv_cache in zip(self.layers, self._kinds, kv_caches, strict=True):
+            x_NM, residual_NM = layer(x_NM, residual_NM, places[kind], attention[kind], kv_cache)
         return x_NM if residual_NM is None else x_NM + residual_NM
 
     def logits(self, hidden_RM: torch.Tensor) -> torch.Tensor:
@@ -133,4 +210,9 @@ class DecoderStage(nn.Module):
         assert self.norm is not None and self.head is not None
         x_RM, _ = self.norm(hidden_RM, None)
         local, _ = self.head(x_RM)
-        return gather_last_dim(local, self.groups.tp)[:, : self.vocab_size]
+        logits_RV = gather_last_dim(local, self.groups.tp)[:, : self.vocab_size]
+        if self._logit_scale != 1.0:
+            logits_RV = logits_RV * self._logit_scale
+        if self._logit_soft_cap is not None:
+            logits_RV = self._logit_soft_cap * torch.tanh(logits_RV / self._logit_soft_cap)
+        return logits_RV

@@ -13,7 +13,6 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from seesaw_ds.model.ops.interface import LayerOps
 from seesaw_ds.parallel.all_reduce import AllReduce
 
 
@@ -33,7 +32,7 @@ def _no_init(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
-    """``y_local = x @ W_local.T``: the output dim is split over the group and stays split."""
+    """``y_local = x @ W_local.T + bias``, if any: the output dim is split over the group and stays split."""
 
     def __init__(self, input_size: int, output_size: int, group: ProcessGroup, dtype: torch.dtype) -> None:
         with torch.device("meta"):
@@ -47,8 +46,10 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
                 tp_group=group,
             )
 
-    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **kwargs: object) -> torch.Tensor:
-        return F.linear(input, weight)
+    def _forward_impl(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, **kwargs: object
+    ) -> torch.Tensor:
+        return F.linear(input, weight, bias)
 
 
 class RowLinear(RowParallelLinear):  # type: ignore[misc]
@@ -82,22 +83,6 @@ class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]
             super().__init__(
                 vocab_size, hidden_size, init_method=_no_init, config=_config(group, dtype), tp_group=group
             )
-
-
-class RMSNorm(nn.Module):
-    """``x / rms(x) * weight``, of x alone or of x with the residual stream added."""
-
-    def __init__(self, weight: torch.Tensor, eps: float, ops: LayerOps) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self._eps = eps
-        self._ops = ops
-
-    def forward(self, x_NM: torch.Tensor, residual_NM: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm, residual): with no residual yet, x itself becomes it."""
-        if residual_NM is None:
-            return self._ops.rms_norm(x_NM, self.weight, self._eps), x_NM
-        return self._ops.add_rms_norm(x_NM, residual_NM, self.weight, self._eps)
 
 
 def bind(layer: ColumnLinear | RowLinear | VocabEmbedding, weight: torch.Tensor) -> None:

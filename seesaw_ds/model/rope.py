@@ -1,4 +1,4 @@
-"""Rotary position embeddings of Llama, with every RoPE scaling that transformers has for it.
+"""Rotary position embeddings, with every RoPE scaling that transformers has for Llama.
 
 How a token is rotated must not depend on how its prompt was cut into chunks or batched. Two scalings, dynamic and
 longrope, take their frequencies from the length of the context, so every token has a `context_len` beside its
@@ -17,20 +17,25 @@ Everything is looked up or computed on the device, without waiting for it, so al
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from seesaw_ds.errors import UserError
+from seesaw_ds.model.ops.interface import TokenPlaces
+from seesaw_ds.shapes import ModelShape
 
 
 class RotaryTables:
     """Cosines and sines by position, for the rotary embedding of one model.
 
     Args:
-        hf_config: a transformers LlamaConfig.
+        hf_config: a transformers config with one set of `rope_parameters`.
         device: where the tables are and the positions will be.
         dtype: of the cosines and sines; computed in float32 and rounded, as transformers does.
         max_model_len: the longest sequence in tokens; None takes the config's max_position_embeddings. Positions and
@@ -98,6 +103,37 @@ class RotaryTables:
         first, second = x.chunk(2, dim=-1)
         rotated = torch.cat((-second, first), dim=-1)
         return x * cos[:, None].to(x.dtype) + rotated * sin[:, None].to(x.dtype)
+
+
+class ModelRotation:
+    """The rotary tables of a model: one for each of the shape's attention kinds, shared where they are the same.
+
+    Args:
+        config: the model folder's config.json.
+        shape: what it says.
+        device, max_model_len: as for `RotaryTables`; angles are float32.
+    """
+
+    def __init__(
+        self, config: Mapping[str, Any], shape: ModelShape, device: torch.device, max_model_len: int | None = None
+    ) -> None:
+        hf_config = CONFIG_MAPPING[shape.family.model_type](**config)
+        hf_config.head_dim = shape.head_dim
+        tables: dict[str | None, RotaryTables] = {}
+        for kind in shape.attention_kinds:
+            if kind.rope not in tables:
+                one = copy.copy(hf_config)
+                one.rope_parameters = hf_config.rope_parameters[kind.rope] if kind.rope else hf_config.rope_parameters
+                tables[kind.rope] = RotaryTables(one, device, torch.float32, max_model_len)
+        self._tables = tables
+        self._ropes = [kind.rope for kind in shape.attention_kinds]
+
+    def places(
+        self, positions: Tensor, context_lens: Tensor, write_blocks: Tensor, write_offsets: Tensor
+    ) -> tuple[TokenPlaces, ...]:
+        """Where N tokens stand, for each attention kind; all arguments (N,) int64."""
+        angles = {rope: table.cos_sin(positions, context_lens) for rope, table in self._tables.items()}
+        return tuple(TokenPlaces(*angles[rope], write_blocks, write_offsets) for rope in self._ropes)
 
 
 def _rope_type(hf_config: Any) -> str:

@@ -7,6 +7,7 @@ import difflib
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def parse_hardware(values: Mapping[str, Any]) -> HardwareProfile:
             raise UserError(f"{key}={values[key]!r}: unknown figure in a hardware profile; {mend}")
     for name in names:
         if name not in values:
-            raise UserError(f"{name}: missing in the hardware profile; measure one with tools/calibrate.py")
+            raise UserError(f"{name}: missing in the hardware profile; every figure is needed")
     checked: dict[str, Any] = dict(values)
     for name in names:
         if name == "name":
@@ -147,7 +148,7 @@ def _points(degree: Any, value: Any) -> tuple[tuple[float, float], ...]:
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(p, list) and len(p) == 2 for p in value):
         raise UserError(rule)
     points = tuple((float(size), float(seconds)) for size, seconds in value)
-    for (size, seconds), (next_size, next_seconds) in zip(points, points[1:], strict=False):
+    for (size, seconds), (next_size, next_seconds) in pairwise(points):
         if not (0 <= size < next_size and 0 < seconds < next_seconds):
             raise UserError(rule)
     return points

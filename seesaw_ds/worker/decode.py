@@ -12,7 +12,7 @@ from seesaw_ds.kv.device_pool import DeviceKVPool
 from seesaw_ds.model.attention.interface import AttentionBackend, AttentionBatch
 from seesaw_ds.model.decoder import DecoderStage
 from seesaw_ds.model.ops.interface import TokenPlaces
-from seesaw_ds.model.rope import RotaryTables
+from seesaw_ds.model.rope import ModelRotation
 from seesaw_ds.model.sampler import sample
 from seesaw_ds.model.sampling_output import SampledTokens
 from seesaw_ds.model.sampling_state import SamplingState
@@ -57,10 +57,9 @@ class StepInputs:
         """Take (3, rows) int64 of a step."""
         self._places[:, : host.shape[1]].copy_(to_device(host, self._places.device))
 
-    def places(self, rotary: RotaryTables, size: int) -> TokenPlaces:
+    def places(self, rotary: ModelRotation, size: int) -> tuple[TokenPlaces, ...]:
         positions, blocks, offsets = self._places[:, :size].unbind()
-        cos, sin = rotary.cos_sin(positions, positions + 1)
-        return TokenPlaces(cos, sin, blocks, offsets)
+        return rotary.places(positions, positions + 1, blocks, offsets)
 
 
 class DecodeRunner:
@@ -77,8 +76,8 @@ class DecodeRunner:
         self,
         stage: DecoderStage,
         link: PipelineLink,
-        rotary: RotaryTables,
-        attention: AttentionBackend,
+        rotary: ModelRotation,
+        attention: tuple[AttentionBackend, ...],
         executor: StepExecutor,
         pool: DeviceKVPool,
         max_num_seqs: int,
@@ -183,7 +182,8 @@ class DecodeRunner:
         tables = np.full((size, self._slots.blocks.shape[1]), self._scratch_block, dtype=np.int32)
         tables[:num_rows] = self._slots.blocks[slots]
         kv_lens = (places[0] + 1).astype(np.int32)
-        self._attention.plan(AttentionBatch(np.ones(size, dtype=np.int32), kv_lens, tables))
+        for attention in self._attention:
+            attention.plan(AttentionBatch(np.ones(size, dtype=np.int32), kv_lens, tables))
 
     def _compute(self, size: int) -> torch.Tensor:
         """The step's kernels at a batch of `size` rows: logits on the last stage, else hidden states."""

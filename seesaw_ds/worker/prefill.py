@@ -9,7 +9,7 @@ from seesaw_ds.kv.device_pool import DeviceKVPool
 from seesaw_ds.model.attention.interface import AttentionBackend, AttentionBatch
 from seesaw_ds.model.decoder import DecoderStage
 from seesaw_ds.model.ops.interface import TokenPlaces
-from seesaw_ds.model.rope import RotaryTables
+from seesaw_ds.model.rope import ModelRotation
 from seesaw_ds.model.sampler import sample
 from seesaw_ds.model.sampling_output import SampledTokens
 from seesaw_ds.model.sampling_state import SamplingState
@@ -26,8 +26,8 @@ class PrefillRunner:
         self,
         stage: DecoderStage,
         link: PipelineLink,
-        rotary: RotaryTables,
-        attention: AttentionBackend,
+        rotary: ModelRotation,
+        attention: tuple[AttentionBackend, ...],
         pool: DeviceKVPool,
         device: torch.device,
     ) -> None:
@@ -47,14 +47,14 @@ class PrefillRunner:
         if groups.is_first_stage:
             hidden = self._stage.embed(self._token_ids(batch, prompts))
         else:
-            hidden = self._link.recv_hidden(places.write_blocks.shape[0])
+            hidden = self._link.recv_hidden(places[0].write_blocks.shape[0])
         hidden = self._stage(hidden, places, self._attention, self._kv_caches)
         if not groups.is_last_stage:
             self._link.send_hidden(hidden)
             return None
         return self._sample(batch, hidden, requests)
 
-    def _plan(self, batch: PrefillBatch, prompts: list[tuple[int, ...]]) -> TokenPlaces:
+    def _plan(self, batch: PrefillBatch, prompts: list[tuple[int, ...]]) -> tuple[TokenPlaces, ...]:
         """Plan the batch's attention; where its tokens stand."""
         chunks = batch.chunks
         query_lens = np.array([chunk.num_tokens for chunk in chunks], dtype=np.int32)
@@ -62,7 +62,8 @@ class PrefillRunner:
         for row, chunk in enumerate(chunks):
             tables[row, : len(chunk.block_ids)] = chunk.block_ids
         kv_lens = np.array([chunk.start for chunk in chunks], dtype=np.int32) + query_lens
-        self._attention.plan(AttentionBatch(query_lens, kv_lens, tables))
+        for attention in self._attention:
+            attention.plan(AttentionBatch(query_lens, kv_lens, tables))
 
         positions = np.concatenate([np.arange(c.start, c.start + c.num_tokens) for c in chunks])
         rows = np.repeat(np.arange(len(chunks)), query_lens)
@@ -70,7 +71,7 @@ class PrefillRunner:
         blocks = tables[rows, positions // self._block_size]
         places = np.stack((positions, context_lens, blocks, positions % self._block_size))
         positions_, context_lens_, write_blocks, write_offsets = to_device(places, self._device).unbind()
-        return TokenPlaces(*self._rotary.cos_sin(positions_, context_lens_), write_blocks, write_offsets)
+        return self._rotary.places(positions_, context_lens_, write_blocks, write_offsets)
 
     def _token_ids(self, batch: PrefillBatch, prompts: list[tuple[int, ...]]) -> torch.Tensor:
         token_ids = [

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from transformers import LlamaConfig
 
 from seesaw_ds.checkpoint.cell_layout import is_cells_folder
 from seesaw_ds.checkpoint.source import CellsSource
@@ -26,7 +25,7 @@ from seesaw_ds.model.backends import choose_backends
 from seesaw_ds.model.build import build_stages, load_arena
 from seesaw_ds.model.checkpoint import check_checkpoint
 from seesaw_ds.model.decoder import DecoderStage
-from seesaw_ds.model.rope import RotaryTables
+from seesaw_ds.model.rope import ModelRotation
 from seesaw_ds.model.weights import DummySource, SafetensorsSource, WeightSource, cell_tensors
 from seesaw_ds.parallel import device as devices
 from seesaw_ds.parallel.all_reduce import AllReduce, BackendAllReduce, choose_all_reduce
@@ -143,8 +142,7 @@ class _EngineBuilder:
             phase: PipelineLink(self._state[phase], self._shape.hidden_size, self._dtype, self._device)
             for phase in Phase
         }
-        rope_config = LlamaConfig(**self._hf_config)
-        self._rotary = RotaryTables(rope_config, self._device, torch.float32, self._longest)
+        self._rotary = ModelRotation(self._hf_config, self._shape, self._device, self._longest)
 
     def _choose_all_reduces(self) -> dict[Phase, AllReduce]:
         has_graphs = self._backends.has_graphs

@@ -62,12 +62,12 @@ def check_layers(engine: Engine, tensors: dict[str, torch.Tensor], layouts: Layo
     num_bytes = 0
     for layer, module in zip(stage.layer_range.indices(), stage.layers, strict=True):
         for name, expected in layer_matrices(tensors, layer, layouts, phase, tp_rank).items():
-            weight = getattr(module, name).weight
+            weight = getattr(module if name in ("qkv", "o") else module.ffn, name).weight
             assert torch.equal(weight, expected), (phase, layer, name)
             num_bytes += weight.nbytes
         prefix = f"model.layers.{layer}."
-        assert torch.equal(module.input_norm.weight, tensors[prefix + "input_layernorm.weight"])
-        assert torch.equal(module.post_attention_norm.weight, tensors[prefix + "post_attention_layernorm.weight"])
+        assert torch.equal(module.before_attention.weight, tensors[prefix + "input_layernorm.weight"])
+        assert torch.equal(module.before_ffn.weight, tensors[prefix + "post_attention_layernorm.weight"])
     return num_bytes
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel
 
 from models import make_llama
 from seesaw_ds.config import RunConfig
@@ -25,7 +25,7 @@ class Workload:
     """Greedy requests to a model in `folder`, with what transformers generates for each."""
 
     folder: Path
-    model: LlamaForCausalLM
+    model: PreTrainedModel
     requests: list[SequenceRequest]
     expected: list[tuple[tuple[int, ...], FinishReason]]
 
@@ -54,12 +54,16 @@ def make_model(folder: Path, *, seed: int = 0, **changes: Any) -> LlamaForCausal
 
 
 def make_workload(folder: Path, num_requests: int, *, seed: int = 0, **changes: Any) -> Workload:
-    """A model, and requests of 5 to 120 prompt tokens and 1 to 40 output tokens.
+    """A Llama of `make_model`, and requests to it."""
+    return make_requests(folder, make_model(folder, seed=seed, **changes), num_requests, seed=seed)
+
+
+def make_requests(folder: Path, model: PreTrainedModel, num_requests: int, *, seed: int = 0) -> Workload:
+    """Requests of 5 to 120 prompt tokens and 1 to 40 output tokens to `model`, which is in `folder`.
 
     Those of the first half may stop early, and those of the second run to their ends. So when the second half comes
     the scheduler expects short outputs, takes too many sequences to the GPU, and has to evict some.
     """
-    model = make_model(folder, seed=seed, **changes)
     choice = random.Random(seed)
     requests = []
     for seq_id in range(num_requests):
@@ -77,7 +81,7 @@ def make_workload(folder: Path, num_requests: int, *, seed: int = 0, **changes: 
     return Workload(folder, model, requests, [_generate(model, request) for request in requests])
 
 
-def _generate(model: LlamaForCausalLM, request: SequenceRequest) -> tuple[tuple[int, ...], FinishReason]:
+def _generate(model: PreTrainedModel, request: SequenceRequest) -> tuple[tuple[int, ...], FinishReason]:
     num_prompt_tokens = len(request.prompt_token_ids)
     output = model.generate(
         torch.tensor([request.prompt_token_ids]),

@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from seesaw_ds.model.attention.interface import AttentionBatch
+from seesaw_ds.model.attention.interface import AttentionBatch, AttentionRule
 from seesaw_ds.model.attention.torch_backend import TorchAttention
+from seesaw_ds.model.families.family import Activation
 from seesaw_ds.model.ops.interface import TokenPlaces
 from seesaw_ds.model.ops.torch_ops import TorchOps
 
 pytestmark = pytest.mark.gpu(1)
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 16, 2, 128, 16
+PLAIN = AttentionRule(scale=HEAD_DIM**-0.5)
+RULES = [PLAIN, AttentionRule(0.05, window=100), AttentionRule(0.1, soft_cap=5.0, window=30)]
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -24,30 +27,49 @@ def random(*size: int) -> torch.Tensor:
     return torch.randn(size, dtype=torch.bfloat16, device="cuda")
 
 
-def test_rms_norm() -> None:
+@pytest.mark.parametrize("adds_one", [False, True])
+def test_rms_norm(adds_one: bool) -> None:
     from seesaw_ds.model.ops.cuda_ops import CudaOps
 
     x, weight = random(77, 1024), random(1024)
-    expected = TorchOps().rms_norm(x.float(), weight.float(), 1e-5)
-    assert relative_error(CudaOps().rms_norm(x, weight, 1e-5), expected) < 5e-3
+    expected = TorchOps(norm_adds_one=adds_one).rms_norm(x.float(), weight.float(), 1e-5)
+    assert relative_error(CudaOps(norm_adds_one=adds_one).rms_norm(x, weight, 1e-5), expected) < 5e-3
 
 
-def test_add_rms_norm() -> None:
+@pytest.mark.parametrize("adds_one", [False, True])
+def test_add_rms_norm(adds_one: bool) -> None:
     from seesaw_ds.model.ops.cuda_ops import CudaOps
 
     x, residual, weight = random(77, 1024), random(77, 1024), random(1024)
-    expected, expected_residual = TorchOps().add_rms_norm(x.float(), residual.float(), weight.float(), 1e-5)
-    norm, new_residual = CudaOps().add_rms_norm(x, residual, weight, 1e-5)
+    reference = TorchOps(norm_adds_one=adds_one)
+    expected, expected_residual = reference.add_rms_norm(x.float(), residual.float(), weight.float(), 1e-5)
+    norm, new_residual = CudaOps(norm_adds_one=adds_one).add_rms_norm(x, residual, weight, 1e-5)
     assert relative_error(norm, expected) < 5e-3
     assert relative_error(new_residual, expected_residual) < 5e-3
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("num_cells", [1, 2, 4])
-def test_silu_and_mul(num_cells: int) -> None:
+def test_act_and_mul(num_cells: int, activation: Activation) -> None:
     from seesaw_ds.model.ops.cuda_ops import CudaOps
 
     gate_up = random(33, num_cells, 2, 256)
-    assert relative_error(CudaOps().silu_and_mul(gate_up), TorchOps().silu_and_mul(gate_up.float())) < 5e-3
+    expected = TorchOps(activation).act_and_mul(gate_up.float())
+    assert relative_error(CudaOps(activation).act_and_mul(gate_up), expected) < 5e-3
+
+
+@pytest.mark.parametrize("adds_one", [False, True])
+@pytest.mark.parametrize("group_size", [1, 5, 8])
+def test_norm_heads(group_size: int, adds_one: bool) -> None:
+    from seesaw_ds.model.ops.cuda_ops import CudaOps
+
+    qkv = random(33, KV_HEADS, group_size + 2, HEAD_DIM)
+    weights = random(HEAD_DIM), random(HEAD_DIM)
+    reference = TorchOps(norm_adds_one=adds_one)
+    expected = reference.norm_heads(qkv.float(), *(weight.float() for weight in weights), 1e-6)
+    normed = CudaOps(norm_adds_one=adds_one).norm_heads(qkv.clone(), *weights, 1e-6)
+    assert relative_error(normed, expected) < 5e-3
+    assert torch.equal(normed[:, :, -1], qkv[:, :, -1])
 
 
 def random_places(num_tokens: int, blocks: torch.Tensor) -> TokenPlaces:
@@ -78,31 +100,33 @@ def make_batch(query_lens: list[int], kv_lens: list[int], num_blocks: int) -> At
     return AttentionBatch(np.array(query_lens, np.int32), np.array(kv_lens, np.int32), tables)
 
 
-def attention_error(backend, query_lens: list[int], kv_lens: list[int]) -> float:
+def attention_error(backend, query_lens: list[int], kv_lens: list[int], rule: AttentionRule = PLAIN) -> float:
     num_blocks = 600
     batch = make_batch(query_lens, kv_lens, num_blocks)
     pool = random(num_blocks, 3, 2, KV_HEADS, BLOCK, HEAD_DIM)
     queries = random(sum(query_lens), HEADS, HEAD_DIM)
-    reference = TorchAttention(BLOCK, torch.device("cuda"))
+    reference = TorchAttention(rule, BLOCK, torch.device("cuda"))
     reference.plan(batch)
     backend.plan(batch)
     return relative_error(backend.forward(queries, pool[:, 1]), reference.forward(queries.float(), pool[:, 1].float()))
 
 
-def test_prefill_attention_with_whole_prompts_and_later_chunks() -> None:
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_prefill_attention_with_whole_prompts_and_later_chunks(rule: AttentionRule) -> None:
     from seesaw_ds.model.attention.flashinfer_backend import FlashInferPrefill
 
-    backend = FlashInferPrefill(HEADS, KV_HEADS, HEAD_DIM, BLOCK, torch.bfloat16, torch.device("cuda"))
-    assert attention_error(backend, [5, 300, 17, 64], [5, 300, 900, 65]) < 1e-2
-    assert attention_error(backend, [1, 130], [1, 1000]) < 1e-2
+    backend = FlashInferPrefill(rule, HEADS, KV_HEADS, HEAD_DIM, BLOCK, torch.bfloat16, torch.device("cuda"))
+    assert attention_error(backend, [5, 300, 17, 64], [5, 300, 900, 65], rule) < 1e-2
+    assert attention_error(backend, [1, 130], [1, 1000], rule) < 1e-2
 
 
-def test_decode_attention_at_several_sizes() -> None:
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_decode_attention_at_several_sizes(rule: AttentionRule) -> None:
     from seesaw_ds.model.attention.flashinfer_backend import FlashInferDecode
 
-    backend = FlashInferDecode(HEADS, KV_HEADS, HEAD_DIM, BLOCK, 8, 600, torch.bfloat16, torch.device("cuda"))
+    backend = FlashInferDecode(rule, HEADS, KV_HEADS, HEAD_DIM, BLOCK, 8, 600, torch.bfloat16, torch.device("cuda"))
     for kv_lens in ([1], [16, 17], [900, 3, 250, 31], [1000, 2], [5, 6, 7, 8]):
-        assert attention_error(backend, [1] * len(kv_lens), kv_lens) < 1e-2
+        assert attention_error(backend, [1] * len(kv_lens), kv_lens, rule) < 1e-2
 
 
 def test_a_captured_step_replays_with_a_new_plan() -> None:
@@ -110,8 +134,8 @@ def test_a_captured_step_replays_with_a_new_plan() -> None:
     from seesaw_ds.worker.graphs import GraphExecutor
 
     device = torch.device("cuda")
-    backend = FlashInferDecode(HEADS, KV_HEADS, HEAD_DIM, BLOCK, 4, 600, torch.bfloat16, device)
-    reference = TorchAttention(BLOCK, device)
+    backend = FlashInferDecode(PLAIN, HEADS, KV_HEADS, HEAD_DIM, BLOCK, 4, 600, torch.bfloat16, device)
+    reference = TorchAttention(PLAIN, BLOCK, device)
     executor = GraphExecutor(4, lambda: None)
     pool = random(600, 3, 2, KV_HEADS, BLOCK, HEAD_DIM)
     queries = random(4, HEADS, HEAD_DIM)

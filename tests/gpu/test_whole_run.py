@@ -21,17 +21,21 @@ MEAN_TOLERANCE, MAX_TOLERANCE = 0.07, 0.4
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM
+    return make_model(tmp_path_factory.mktemp("model"), "llama")
 
-    folder = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=1001, hidden_size=1024, intermediate_size=2048, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=128, max_position_embeddings=2048, tie_word_embeddings=False,
-        initializer_range=0.05, dtype="bfloat16",
+
+def make_model(folder: Path, model_type: str, **switches: object) -> Path:
+    """A random model of 8 layers and hidden 1024 in bfloat16, with a tokenizer that has a word for each id."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        model_type, vocab_size=1001, hidden_size=1024, intermediate_size=2048, num_hidden_layers=8,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=128, max_position_embeddings=2048,
+        tie_word_embeddings=False, initializer_range=0.05, dtype="bfloat16", **switches,
     )  # fmt: skip
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(1001)}, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -81,10 +85,10 @@ _references: dict[Path, torch.nn.Module] = {}
 
 
 def _reference(model: Path) -> torch.nn.Module:
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if model not in _references:
-        _references[model] = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).cuda().eval()
+        _references[model] = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).cuda().eval()
     return _references[model]
 
 
@@ -97,7 +101,23 @@ def _reference(model: Path) -> torch.nn.Module:
 def test_logprobs_match_transformers(
     model: Path, prompts: list[list[int]], tmp_path: Path, layouts: str, settings: dict[str, object]
 ) -> None:
-    choices = run(model, prompts, tmp_path / "run", layouts, **settings)
+    check_logprobs(model, prompts, tmp_path / "run", layouts, **settings)
+
+
+@pytest.mark.gpu(2)
+@pytest.mark.parametrize(
+    ("model_type", "switches"),
+    [("qwen3", {}), ("gemma2", {"sliding_window": 100, "query_pre_attn_scalar": 128}), ("olmo2", {})],
+    ids=["qwen3", "gemma2", "olmo2"],
+)
+def test_logprobs_of_other_families_match_transformers(
+    prompts: list[list[int]], tmp_path: Path, model_type: str, switches: dict[str, object]
+) -> None:
+    check_logprobs(make_model(tmp_path / "model", model_type, **switches), prompts, tmp_path / "run", "P2->T2")
+
+
+def check_logprobs(model: Path, prompts: list[list[int]], folder: Path, layouts: str, **settings: object) -> None:
+    choices = run(model, prompts, folder, layouts, **settings)
     differences = []
     for prompt, choice in zip(prompts, choices, strict=True):
         output = [int(word.removeprefix("w")) for word in choice["logprobs"]["tokens"]]

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from seesaw_ds.model.attention.interface import AttentionBatch
+from seesaw_ds.model.attention.interface import AttentionBatch, AttentionRule
 from seesaw_ds.model.attention.torch_backend import TorchAttention
 
 NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, NUM_BLOCKS = 2, 8, 4, 40
+PLAIN = AttentionRule(scale=HEAD_DIM**-0.5)
+RULES = [PLAIN, AttentionRule(0.7), AttentionRule(0.4, window=5), AttentionRule(1.0, soft_cap=1.5)]
+RULES.append(AttentionRule(1.0, soft_cap=1.5, window=3))
 
 
 class PagedSequences:
@@ -37,18 +40,21 @@ class PagedSequences:
     def batch(self, query_lens: list[int]) -> AttentionBatch:
         return AttentionBatch(np.array(query_lens, np.int32), np.array(self.kv_lens, np.int32), self.tables)
 
-    def expected(self, q: torch.Tensor, query_lens: list[int]) -> torch.Tensor:
-        """Each token attends to those of its sequence up to itself; query heads share KV heads in groups."""
+    def expected(self, q: torch.Tensor, query_lens: list[int], rule: AttentionRule = PLAIN) -> torch.Tensor:
+        """Each token attends to the last of its sequence up to itself; query heads share KV heads in groups."""
         out = torch.empty_like(q)
         group_size = q.shape[1] // NUM_KV_HEADS
         row = 0
         for sequence, (query_len, kv_len) in enumerate(zip(query_lens, self.kv_lens, strict=True)):
             for position in range(kv_len - query_len, kv_len):
+                first = 0 if rule.window is None else max(0, position + 1 - rule.window)
                 for head in range(q.shape[1]):
-                    keys = self.keys[sequence][: position + 1, head // group_size]
-                    values = self.values[sequence][: position + 1, head // group_size]
-                    weights = (keys @ q[row, head] / HEAD_DIM**0.5).softmax(dim=0)
-                    out[row, head] = weights @ values
+                    keys = self.keys[sequence][first : position + 1, head // group_size]
+                    values = self.values[sequence][first : position + 1, head // group_size]
+                    scores = keys @ q[row, head] * rule.scale
+                    if rule.soft_cap is not None:
+                        scores = rule.soft_cap * torch.tanh(scores / rule.soft_cap)
+                    out[row, head] = scores.softmax(dim=0) @ values
                 row += 1
         return out
 
@@ -66,12 +72,13 @@ class PagedSequences:
     ],
     ids=["one prompt", "whole prompts", "chunks of prompts", "decode", "decode of one", "prompts of one token"],
 )
-def test_output_is_that_of_plain_attention(kv_lens, query_lens, num_heads):
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_output_is_that_of_plain_attention(kv_lens, query_lens, num_heads, rule):
     sequences = PagedSequences(kv_lens)
     q = torch.randn(sum(query_lens), num_heads, HEAD_DIM, generator=torch.Generator().manual_seed(1))
-    attention = TorchAttention(BLOCK_SIZE, torch.device("cpu"))
+    attention = TorchAttention(rule, BLOCK_SIZE, torch.device("cpu"))
     attention.plan(sequences.batch(query_lens))
-    expected = sequences.expected(q, query_lens)
+    expected = sequences.expected(q, query_lens, rule)
     for _ in range(2):  # one plan serves all layers
         torch.testing.assert_close(attention.forward(q, sequences.cache), expected)
 
@@ -80,7 +87,7 @@ def test_a_prompt_in_chunks_and_steps_attends_as_one():
     sequences = PagedSequences([19])
     q = torch.randn(19, 4, HEAD_DIM, generator=torch.Generator().manual_seed(1))
     whole = sequences.expected(q, [19])
-    attention = TorchAttention(BLOCK_SIZE, torch.device("cpu"))
+    attention = TorchAttention(PLAIN, BLOCK_SIZE, torch.device("cpu"))
     for start, stop in ((0, 7), (7, 16), (16, 17), (17, 18), (18, 19)):
         attention.plan(AttentionBatch(np.array([stop - start], np.int32), np.array([stop], np.int32), sequences.tables))
         torch.testing.assert_close(attention.forward(q[start:stop], sequences.cache), whole[start:stop])

@@ -8,7 +8,8 @@ import torch
 from models import make_llama
 from seesaw_ds.layout import Range, split_evenly
 from seesaw_ds.model.checkpoint import check_checkpoint
-from seesaw_ds.model.weights import DummySource, SafetensorsSource, WeightSource, cell_tensors, norm_names, vocab_shard
+from seesaw_ds.model.tensors import replicated_tensors
+from seesaw_ds.model.weights import DummySource, SafetensorsSource, WeightSource, cell_tensors, vocab_shard
 from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
 
 CUTS = [1, 2, 4, 8]
@@ -72,11 +73,11 @@ def test_norms_are_read_whole_by_name(checkpoint):
     shape, tensors, source = checkpoint
     expected = {"final": tensors["model.norm.weight"]}
     for layer in range(shape.num_layers):
-        for kind in ("input", "post_attention"):
-            expected[f"{kind}.{layer}"] = tensors[f"model.layers.{layer}.{kind}_layernorm.weight"]
-    assert sorted(norm_names(shape)) == sorted(expected)
+        for role, name in (("before_attention", "input"), ("before_ffn", "post_attention")):
+            expected[f"{role}.{layer}"] = tensors[f"model.layers.{layer}.{name}_layernorm.weight"]
+    assert sorted(replicated_tensors(shape)) == sorted(expected)
     for name, weight in expected.items():
-        assert torch.equal(source.norm(name), weight)
+        assert torch.equal(source.replicated(name), weight)
 
 
 def test_weights_come_in_the_runs_dtype(tmp_path):
@@ -85,7 +86,7 @@ def test_weights_come_in_the_runs_dtype(tmp_path):
     source = SafetensorsSource(shape, check_checkpoint(tmp_path, shape), torch.bfloat16)
     down = whole_layer(source, shape, 0, 2)["down"]
     assert torch.equal(down, model.model.layers[0].mlp.down_proj.weight.to(torch.bfloat16))
-    assert source.norm("final").dtype == source.embedding(Range(0, 3)).dtype == torch.bfloat16
+    assert source.replicated("final").dtype == source.embedding(Range(0, 3)).dtype == torch.bfloat16
     source.close()
 
 
@@ -127,7 +128,7 @@ def test_dummy_matrices_differ_and_have_the_stated_deviation():
     for i, matrix in enumerate(matrices):
         assert matrix.std().item() == pytest.approx(64**-0.5, rel=0.05)
         assert not any(torch.equal(matrix, later) for later in matrices[i + 1 :])
-    assert torch.equal(source.norm("final"), torch.ones(64))
+    assert torch.equal(source.replicated("final"), torch.ones(64))
 
 
 def test_any_rows_of_a_dummy_table_are_the_same():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 
-from seesaw_ds.model.attention.interface import AttentionBatch
+from seesaw_ds.model.attention.interface import AttentionBatch, AttentionRule
 from seesaw_ds.parallel.device import to_device
 
 WORKSPACE_BYTES = 256 << 20
@@ -35,6 +35,15 @@ class _PlanFence:
         self._is_recorded = True
 
 
+def _rule_arguments(rule: AttentionRule) -> dict[str, float | int | None]:
+    """A rule as arguments of FlashInfer's `plan`; its windows do not count the token itself."""
+    return {
+        "sm_scale": rule.scale,
+        "logits_soft_cap": rule.soft_cap,
+        "window_left": -1 if rule.window is None else rule.window - 1,
+    }
+
+
 def _pages(batch: AttentionBatch, block_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """FlashInfer's form of the block tables: (offsets of each sequence, blocks of all, tokens in each last block)."""
     num_blocks = -(-batch.kv_lens // block_size)
@@ -49,6 +58,7 @@ class FlashInferPrefill:
 
     def __init__(
         self,
+        rule: AttentionRule,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
@@ -56,6 +66,7 @@ class FlashInferPrefill:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self._rule = _rule_arguments(rule)
         self._heads = (num_heads, num_kv_heads, head_dim)
         self._block_size = block_size
         self._dtype = dtype
@@ -79,6 +90,7 @@ class FlashInferPrefill:
             causal=True,
             q_data_type=self._dtype,
             kv_data_type=self._dtype,
+            **self._rule,
         )
         self._fence.record()
 
@@ -92,6 +104,7 @@ class FlashInferDecode:
 
     def __init__(
         self,
+        rule: AttentionRule,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
@@ -101,6 +114,7 @@ class FlashInferDecode:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        self._rule = _rule_arguments(rule)
         self._heads = (num_heads, num_kv_heads, head_dim)
         self._block_size = block_size
         self._dtype = dtype
@@ -125,6 +139,7 @@ class FlashInferDecode:
             self._block_size,
             q_data_type=self._dtype,
             kv_data_type=self._dtype,
+            **self._rule,
         )
         fence.record()
 

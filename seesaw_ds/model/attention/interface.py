@@ -13,6 +13,18 @@ import numpy as np
 import torch
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionRule:
+    """How scores are made: ``scale * q @ k``, capped to ``soft_cap * tanh(score / soft_cap)`` when that is given.
+
+    `window`: a token sees that many tokens, itself included; None is all before it.
+    """
+
+    scale: float
+    soft_cap: float | None = None
+    window: int | None = None
+
+
 @dataclass(frozen=True)
 class AttentionBatch:
     """Which tokens of which sequences a step computes, and where their KV is; int32 arrays on the host.

@@ -6,13 +6,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from seesaw_ds.model.attention.interface import AttentionBatch
+from seesaw_ds.model.attention.interface import AttentionBatch, AttentionRule
 
 
 class TorchAttention:
-    """Gathers each sequence's blocks and calls scaled_dot_product_attention."""
+    """Gathers each sequence's blocks; scaled_dot_product_attention, or its steps one by one where scores are capped."""
 
-    def __init__(self, block_size: int, device: torch.device) -> None:
+    def __init__(self, rule: AttentionRule, block_size: int, device: torch.device) -> None:
+        self._rule = rule
         self._block_size = block_size
         self._device = device
         self._query_lens: list[int] = []
@@ -25,8 +26,8 @@ class TorchAttention:
         self._kv_lens = batch.kv_lens.tolist()
         width = -(-max(self._kv_lens) // self._block_size)
         self._tables = torch.from_numpy(batch.block_tables[:, :width].astype(np.int64)).to(self._device)
-        kv_lens = torch.from_numpy(batch.kv_lens).to(self._device)
-        self._mask = torch.arange(width * self._block_size, device=self._device) < kv_lens[:, None, None, None]
+        last_visible = torch.from_numpy(batch.kv_lens).to(self._device)[:, None, None, None] - 1
+        self._mask = self._visible(width * self._block_size, last_visible)
 
     def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
         is_decode = len(self._query_lens) == q_NHD.shape[0]
@@ -36,8 +37,7 @@ class TorchAttention:
         """All sequences at once."""
         blocks = kv_cache[self._tables]  # (B, blocks, 2, K, S, D)
         kv = blocks.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)  # (2, B, K, tokens, D)
-        out = F.scaled_dot_product_attention(q_NHD[:, :, None], kv[0], kv[1], attn_mask=self._mask, enable_gqa=True)
-        return out[:, :, 0]
+        return self._attend(q_NHD[:, :, None], kv[0], kv[1], self._mask)[:, :, 0]
 
     def _prefill(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
         """One sequence at a time; a chunk that is not a prompt's first attends to the chunks before it."""
@@ -49,12 +49,31 @@ class TorchAttention:
             kv = blocks.permute(1, 2, 0, 3, 4).flatten(2, 3)[None, :, :, :kv_len]  # (1, 2, K, tokens, D)
             q = q_NHD[first : first + query_len].transpose(0, 1)[None]
             mask = None
-            if query_len != kv_len:
+            if query_len != kv_len or self._rule.window is not None or self._rule.soft_cap is not None:
                 last_visible = torch.arange(kv_len - query_len, kv_len, device=q.device)[:, None]
-                mask = torch.arange(kv_len, device=q.device) <= last_visible
-            attended = F.scaled_dot_product_attention(
-                q, kv[:, 0], kv[:, 1], attn_mask=mask, is_causal=mask is None, enable_gqa=True
-            )
+                mask = self._visible(kv_len, last_visible)
+            attended = self._attend(q, kv[:, 0], kv[:, 1], mask)
             out[first : first + query_len] = attended[0].transpose(0, 1)
             first += query_len
         return out
+
+    def _visible(self, num_tokens: int, last_visible: torch.Tensor) -> torch.Tensor:
+        """Which of a sequence's tokens each query sees: (..., num_tokens) of `last_visible` (..., 1)."""
+        tokens = torch.arange(num_tokens, device=self._device)
+        mask = tokens <= last_visible
+        return mask if self._rule.window is None else mask & (tokens > last_visible - self._rule.window)
+
+    def _attend(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Of (B, H, queries, D) to (B, K, tokens, D); no mask is a causal one."""
+        scale, soft_cap = self._rule.scale, self._rule.soft_cap
+        if soft_cap is None:
+            return F.scaled_dot_product_attention(
+                q, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+            )
+        assert mask is not None
+        group_size = q.shape[1] // keys.shape[1]
+        keys, values = (part.repeat_interleave(group_size, dim=1) for part in (keys, values))
+        scores = soft_cap * torch.tanh(q @ keys.transpose(2, 3) * scale / soft_cap)
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype) @ values

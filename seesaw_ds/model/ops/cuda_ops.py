@@ -10,27 +10,51 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from flashinfer.activation import silu_and_mul
-from flashinfer.norm import fused_add_rmsnorm, rmsnorm
+from flashinfer.activation import gelu_tanh_and_mul, silu_and_mul
+from flashinfer.norm import fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, rmsnorm
 
+from seesaw_ds.model.families.family import Activation
 from seesaw_ds.model.ops.interface import TokenPlaces
 
 
 class CudaOps:
-    """For bfloat16 and float16 on NVIDIA devices."""
+    """For bfloat16 and float16 on NVIDIA devices, and head dims that are powers of two."""
+
+    def __init__(self, activation: Activation = "silu", norm_adds_one: bool = False) -> None:
+        self._act_and_mul = silu_and_mul if activation == "silu" else gelu_tanh_and_mul
+        self._rms_norm = gemma_rmsnorm if norm_adds_one else rmsnorm
+        self._add_rms_norm = gemma_fused_add_rmsnorm if norm_adds_one else fused_add_rmsnorm
+        self._weight_offset = 1.0 if norm_adds_one else 0.0
 
     def rms_norm(self, x_NM: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return rmsnorm(x_NM, weight, eps)
+        return self._rms_norm(x_NM, weight, eps)
 
     def add_rms_norm(
         self, x_NM: torch.Tensor, residual_NM: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        fused_add_rmsnorm(x_NM, residual_NM, weight, eps)
+        self._add_rms_norm(x_NM, residual_NM, weight, eps)
         return x_NM, residual_NM
 
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def act_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         num_tokens = gate_up.shape[0]
-        return silu_and_mul(gate_up.flatten(2).flatten(0, 1)).view(num_tokens, -1)
+        return self._act_and_mul(gate_up.flatten(2).flatten(0, 1)).view(num_tokens, -1)
+
+    def norm_heads(
+        self, qkv: torch.Tensor, query_weight: torch.Tensor, key_weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        num_tokens, num_kv_heads, group_size, head_dim = qkv.shape
+        _norm_heads[(num_tokens * num_kv_heads,)](
+            qkv,
+            query_weight,
+            key_weight,
+            eps,
+            self._weight_offset,
+            QUERIES=group_size - 2,
+            ROWS_PADDED=triton.next_power_of_2(group_size - 1),
+            HEAD_DIM=head_dim,
+            num_warps=4,
+        )
+        return qkv
 
     def rotate_and_store(self, qkv: torch.Tensor, places: TokenPlaces, kv_cache: torch.Tensor) -> torch.Tensor:
         num_tokens, num_kv_heads, group_size, head_dim = qkv.shape
@@ -107,3 +131,28 @@ def _rotate_and_store(
     value = key + 2 * HALF
     tl.store(place + kv_stride + low, tl.load(value + low))
     tl.store(place + kv_stride + HALF + low, tl.load(value + HALF + low))
+
+
+@triton.jit
+def _norm_heads(
+    qkv,
+    query_weight,
+    key_weight,
+    eps,
+    weight_offset,
+    QUERIES: tl.constexpr,
+    ROWS_PADDED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """One program for a token's KV head: its QUERIES queries and its key are normed where they are."""
+    group = qkv + tl.program_id(0).to(tl.int64) * ((QUERIES + 2) * HEAD_DIM)
+    row = tl.arange(0, ROWS_PADDED)[:, None]
+    column = tl.arange(0, HEAD_DIM)
+    place = group + row * HEAD_DIM + column[None, :]
+    is_normed = row <= QUERIES
+    x = tl.load(place, mask=is_normed, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, axis=1) / HEAD_DIM + eps)
+    query_factor = tl.load(query_weight + column).to(tl.float32) + weight_offset
+    key_factor = tl.load(key_weight + column).to(tl.float32) + weight_offset
+    factor = tl.where(row < QUERIES, query_factor[None, :], key_factor[None, :])
+    tl.store(place, (x * scale[:, None] * factor).to(qkv.dtype.element_ty), mask=is_normed)

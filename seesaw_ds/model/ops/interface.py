@@ -28,18 +28,23 @@ class TokenPlaces:
 
 
 class LayerOps(Protocol):
-    """Operations between the matrix products of a layer."""
+    """Operations between the matrix products of a layer, made for one model's norms and activation."""
 
     def rms_norm(self, x_NM: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """``x / rms(x) * weight``."""
+        """``x / rms(x) * weight``; in families whose norms add one, ``* (1 + weight)``, here and below."""
 
     def add_rms_norm(
         self, x_NM: torch.Tensor, residual_NM: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The new residual ``r = x + residual``, and its norm: (norm, r). Both arguments may be overwritten."""
 
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """``silu(gate) * up`` of (N, C, 2, F / C): (N, F)."""
+    def act_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """``activation(gate) * up`` of (N, C, 2, F / C): (N, F)."""
+
+    def norm_heads(
+        self, qkv: torch.Tensor, query_weight: torch.Tensor, key_weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        """RMS norm of each query and each key of (N, K, G + 2, D), which may be overwritten; weights are (D,)."""
 
     def rotate_and_store(self, qkv: torch.Tensor, places: TokenPlaces, kv_cache: torch.Tensor) -> torch.Tensor:
         """Rotate queries and keys of (N, K, G + 2, D), write keys and values to the cache; the queries (N, K * G, D).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from seesaw_ds.model.families.family import Activation
 from seesaw_ds.model.ops.interface import TokenPlaces
 from seesaw_ds.model.rope import RotaryTables
 
@@ -12,9 +13,15 @@ from seesaw_ds.model.rope import RotaryTables
 class TorchOps:
     """Rounds where transformers' Llama rounds, so that float32 runs match it token for token."""
 
+    def __init__(self, activation: Activation = "silu", norm_adds_one: bool = False) -> None:
+        self._activation = activation
+        self._norm_adds_one = norm_adds_one
+
     def rms_norm(self, x_NM: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x_NM.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        if self._norm_adds_one:
+            return (wide * (1.0 + weight.float())).to(x_NM.dtype)
         return weight * wide.to(x_NM.dtype)
 
     def add_rms_norm(
@@ -23,8 +30,16 @@ class TorchOps:
         residual_NM = residual_NM + x_NM
         return self.rms_norm(residual_NM, weight, eps), residual_NM
 
-    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return (F.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]).flatten(1)
+    def act_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.unbind(2)
+        gate = F.silu(gate) if self._activation == "silu" else F.gelu(gate, approximate="tanh")
+        return (gate * up).flatten(1)
+
+    def norm_heads(
+        self, qkv: torch.Tensor, query_weight: torch.Tensor, key_weight: torch.Tensor, eps: float
+    ) -> torch.Tensor:
+        queries, keys, values = qkv.split((qkv.shape[2] - 2, 1, 1), dim=2)
+        return torch.cat((self.rms_norm(queries, query_weight, eps), self.rms_norm(keys, key_weight, eps), values), 2)
 
     def rotate_and_store(self, qkv: torch.Tensor, places: TokenPlaces, kv_cache: torch.Tensor) -> torch.Tensor:
         queries_per_kv_head = qkv.shape[2] - 2

@@ -1,0 +1,153 @@
+"""Which layouts a machine could run a model in, and the memory of each: the planner's search space."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from seesaw_ds.config import RunConfig, dtype_name, max_model_len
+from seesaw_ds.errors import UserError
+from seesaw_ds.layout import LayoutPair, ParallelLayout
+from seesaw_ds.plan.bounds import InputTotals, SecondsByPart, bound_seconds
+from seesaw_ds.plan.hardware import GIB, HardwareProfile
+from seesaw_ds.plan.memory import PoolSizes, size_pools
+from seesaw_ds.sched.output import SchedulerLimits
+from seesaw_ds.shapes import DTYPE_BYTES, ModelShape
+
+MICRO_BATCH_TOKENS = (1024, 2048, 4096, 8192)
+"""Micro-batch sizes that are tried; attention backends and all-reduces gain nothing from larger ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A configuration of the engine that fits: its run settings, pools, and the closed form's seconds."""
+
+    run: RunConfig
+    pools: PoolSizes
+    limits: SchedulerLimits
+    bound: SecondsByPart
+
+    @property
+    def pair(self) -> LayoutPair:
+        """Its layouts."""
+        return self.run.layout_pair
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Layouts that cannot run, and the rule that they break."""
+
+    layouts: str
+    reason: str
+
+
+def replica_layouts(replica_size: int) -> Iterator[tuple[int, int]]:
+    """Every (tp, pp) of `replica_size` devices."""
+    for tp in range(1, replica_size + 1):
+        if replica_size % tp == 0:
+            yield tp, replica_size // tp
+
+
+def layout_pairs(num_devices: int, devices_per_node: int) -> Iterator[LayoutPair]:
+    """Every pair of layouts over all devices whose replicas lie within a node, where they can share their KV."""
+    for replica_size in range(1, min(num_devices, devices_per_node) + 1):
+        if num_devices % replica_size or devices_per_node % replica_size:
+            continue
+        dp = num_devices // replica_size
+        for prefill_tp, prefill_pp in replica_layouts(replica_size):
+            for decode_tp, decode_pp in replica_layouts(replica_size):
+                yield LayoutPair(ParallelLayout(dp, prefill_tp, prefill_pp), ParallelLayout(dp, decode_tp, decode_pp))
+
+
+def broken_rule(shape: ModelShape, pair: LayoutPair) -> str | None:
+    """The rule of heads and layers that `pair` breaks, if any."""
+    cells = pair.cells_per_layer
+    for name, size in (
+        ("num_attention_heads", shape.num_heads),
+        ("num_key_value_heads", shape.num_kv_heads),
+        ("intermediate_size", shape.intermediate_size),
+    ):
+        if size % cells:
+            return f"{name}={size} is not a multiple of {cells}"
+    deepest = max(pair.prefill.pp, pair.decode.pp)
+    if deepest > shape.num_layers:
+        return f"{deepest} stages for num_hidden_layers={shape.num_layers}"
+    return None
+
+
+def scheduler_limits(run: RunConfig, pools: PoolSizes) -> SchedulerLimits:
+    """What one replica's scheduler is bounded by."""
+    return SchedulerLimits(
+        block_size=run.kv_block_size,
+        num_prefill_blocks=pools.num_prefill_blocks,
+        num_gpu_blocks=pools.num_gpu_blocks,
+        num_host_blocks=pools.num_host_blocks,
+        max_num_seqs=run.max_num_seqs,
+        max_num_batched_tokens=run.max_num_batched_tokens,
+        prefill_stages=run.layout_pair.prefill.pp,
+        decode_stages=run.layout_pair.decode.pp,
+    )
+
+
+def find_candidates(
+    run: RunConfig,
+    shape: ModelShape,
+    hardware: HardwareProfile,
+    num_devices: int,
+    devices_per_node: int,
+    totals: InputTotals,
+) -> tuple[list[Candidate], list[Rejected]]:
+    """Everything that fits, best bound first, and everything that does not; `run.layouts` is ignored."""
+    candidates: list[Candidate] = []
+    rejected: list[Rejected] = []
+    for pair in layout_pairs(num_devices, devices_per_node):
+        reason = broken_rule(shape, pair)
+        fitting = [] if reason else list(_sized(run, shape, hardware, pair, totals))
+        candidates += [item for item in fitting if isinstance(item, Candidate)]
+        if reason is None and all(isinstance(item, str) for item in fitting):
+            reason = str(fitting[0])
+        if reason is not None:
+            rejected.append(Rejected(str(pair), reason))
+    candidates.sort(key=lambda candidate: candidate.bound.total)
+    return candidates, rejected
+
+
+def _sized(
+    run: RunConfig, shape: ModelShape, hardware: HardwareProfile, pair: LayoutPair, totals: InputTotals
+) -> Iterator[Candidate | str]:
+    """A candidate for each micro-batch size of the pair, or why there is none."""
+    reshard = run.weight_reshard if pair.is_nested else "host"
+    for num_tokens in MICRO_BATCH_TOKENS:
+        settings = replace(run, layouts=str(pair), weight_reshard=reshard, max_num_batched_tokens=num_tokens)
+        try:
+            pools = size_pools(settings, shape, hardware.memory_bytes)
+        except UserError as error:
+            yield str(error)
+            continue
+        limits = scheduler_limits(settings, pools)
+        bound = bound_seconds(shape, hardware, pair, limits, totals, dtype_name(run, shape), reshard)
+        yield Candidate(settings, pools, limits, bound)
+
+
+def what_would_fit(
+    run: RunConfig, shape: ModelShape, hardware: HardwareProfile, num_devices: int, rejected: Sequence[Rejected]
+) -> str:
+    """What an impossible demand lacks: devices for the weights, host memory, or what the last layouts tried ask for."""
+    itemsize = DTYPE_BYTES[dtype_name(run, shape)]
+    weights = (shape.num_layers * shape.layer_parameters + 2 * shape.vocab_size * shape.hidden_size) * itemsize
+    budget = hardware.memory_bytes * run.gpu_memory_utilization
+    needed = int(-(-weights // budget))
+    if weights >= budget * num_devices:
+        return (
+            f"the weights take {weights / GIB:.1f} GiB, and {num_devices} x {hardware.name} give "
+            f"{budget * num_devices / GIB:.1f} GiB at gpu_memory_utilization={run.gpu_memory_utilization}: "
+            f"at least {needed} devices are needed for them, and room for KV besides"
+        )
+    block_bytes = shape.kv_block_bytes(shape.num_layers, shape.num_kv_heads, run.kv_block_size, dtype_name(run, shape))
+    longest = -(-max_model_len(run, shape) // run.kv_block_size)
+    if longest * block_bytes > run.kv_offloading_size * GIB:
+        return (
+            f"kv_offloading_size={run.kv_offloading_size:g}: one request of max_model_len={max_model_len(run, shape)} "
+            f"needs {longest * block_bytes / GIB:.2f} GiB of host KV in each replica; raise it, or lower max_model_len"
+        )
+    return "; ".join(f"{item.layouts}: {item.reason}" for item in rejected[-1:])

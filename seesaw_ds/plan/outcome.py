@@ -1,0 +1,30 @@
+"""What a simulated run says about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedRun:
+    """Seconds and counts of one run. The seconds by part are those of the replica that finished last.
+
+    A static engine mixes its phases: its `prefill_seconds` are those of steps with prompt tokens in them.
+    `busy_share` is how much of the time the stages computed, over all replicas; `mean_decode_batch` counts the
+    rows of a decode step, averaged over steps.
+    """
+
+    num_requests: int
+    seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    transition_seconds: float
+    num_transitions: int
+    num_evictions: int
+    busy_share: float
+    mean_decode_batch: float
+
+    @property
+    def requests_per_second(self) -> float:
+        """Requests over the seconds of the whole run."""
+        return self.num_requests / self.seconds

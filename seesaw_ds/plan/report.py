@@ -1,0 +1,122 @@
+"""A plan in words and numbers: the table that a person reads, and the JSON that a script does."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from seesaw_ds.plan.candidates import Candidate
+from seesaw_ds.plan.hardware import GIB
+from seesaw_ds.plan.planner import Plan, Simulated
+from seesaw_ds.plan.static_search import StaticPlan
+
+_REASON_WIDTH = 130  # in the table; the JSON has the whole reason
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON values: `best`, `best_static`, `speedup`, `ranking`, `pruned`, `rejected`."""
+    return {
+        "best": _simulated_json(plan.best),
+        "best_static": None if plan.best_static is None else _static_json(plan.best_static),
+        "speedup": plan.speedup,
+        "ranking": [_simulated_json(simulated) for simulated in plan.ranking],
+        "pruned": [
+            {"layouts": candidate.run.layouts, "at_least_seconds": candidate.bound.total} for candidate in plan.pruned
+        ],
+        "rejected": [{"layouts": rejected.layouts, "reason": rejected.reason} for rejected in plan.rejected],
+    }
+
+
+def _simulated_json(simulated: Simulated) -> dict[str, Any]:
+    run = simulated.candidate.run
+    return {
+        "layouts": run.layouts,
+        "requests_per_second": simulated.requests_per_second,
+        "seconds": simulated.seconds,
+        "prefill_seconds": simulated.prefill_seconds,
+        "decode_seconds": simulated.decode_seconds,
+        "transition_seconds": simulated.transition_seconds,
+        "transitions": simulated.simulated.num_transitions,
+        "evictions": simulated.simulated.num_evictions,
+        "mean_decode_batch": simulated.simulated.mean_decode_batch,
+        "max_num_batched_tokens": run.max_num_batched_tokens,
+        "weight_reshard": run.weight_reshard,
+        "memory_gib": _memory_gib(simulated.candidate),
+    }
+
+
+def _static_json(static: StaticPlan) -> dict[str, Any]:
+    return {
+        "layouts": str(static.layout),
+        "requests_per_second": static.simulated.requests_per_second,
+        "policy": static.policy.value,
+        "max_num_batched_tokens": static.max_num_batched_tokens,
+        "mean_decode_batch": static.simulated.mean_decode_batch,
+        "preemptions": static.simulated.num_evictions,
+    }
+
+
+def _memory_gib(candidate: Candidate) -> dict[str, float]:
+    """One device's memory by part, and the host pool of one replica."""
+    device = candidate.pools.device
+    parts = {
+        "weights": device.weights,
+        "embeddings": device.embeddings,
+        "activations": device.activations,
+        "prefill_kv": device.prefill_kv,
+        "decode_kv": device.decode_kv,
+        "host_kv": candidate.pools.host_bytes,
+    }
+    return {name: round(num_bytes / GIB, 3) for name, num_bytes in parts.items()}
+
+
+def plan_table(plan: Plan) -> str:
+    """The plan as text: seconds by part, memory by part, and why each loser loses."""
+    lines = [f"{'layouts':<16}{'req/s':>8}{'prefill s':>11}{'decode s':>10}{'switch s':>10}{'batch':>7}  why"]
+    for simulated in plan.ranking:
+        shown = plan.best if simulated.candidate is plan.best.candidate else simulated
+        lines.append(
+            f"{shown.candidate.run.layouts:<16}{shown.requests_per_second:>8.3f}{shown.prefill_seconds:>11.1f}"
+            f"{shown.decode_seconds:>10.1f}{shown.transition_seconds:>10.2f}{shown.simulated.mean_decode_batch:>7.0f}"
+            f"  {_why(shown, plan.best)}"
+        )
+    for candidate in plan.pruned:
+        layouts, bound = candidate.run.layouts, candidate.bound
+        lines.append(
+            f"{layouts:<16}{'':>8}{bound.prefill:>11.1f}{bound.decode:>10.1f}{bound.transition:>10.2f}{'':>7}"
+            f"  at least {bound.total:.1f} s by the closed form"
+        )
+    for rejected in plan.rejected:
+        lines.append(f"{rejected.layouts:<16}  cannot run: {textwrap.shorten(rejected.reason, _REASON_WIDTH)}")
+    lines += ["", _memory_line(plan.best.candidate), _static_line(plan)]
+    return "\n".join(lines)
+
+
+def _why(simulated: Simulated, best: Simulated) -> str:
+    if simulated is best:
+        run = simulated.candidate.run
+        return f"best; max_num_batched_tokens={run.max_num_batched_tokens}"
+    losses = {
+        "prefill": simulated.prefill_seconds - best.prefill_seconds,
+        "decode": simulated.decode_seconds - best.decode_seconds,
+        "transitions": simulated.transition_seconds - best.transition_seconds,
+    }
+    part = max(losses, key=lambda name: losses[name])
+    return f"{part} +{losses[part]:.1f} s"
+
+
+def _memory_line(candidate: Candidate) -> str:
+    parts = _memory_gib(candidate)
+    host = parts.pop("host_kv")
+    device = ", ".join(f"{name} {gib:.2f}" for name, gib in parts.items())
+    return f"memory of {candidate.run.layouts}, GiB a device: {device}; host KV of a replica {host:.1f}"
+
+
+def _static_line(plan: Plan) -> str:
+    static = plan.best_static
+    if static is None:
+        return "no single layout fits an engine without a host pool"
+    return (
+        f"best static engine: {static.layout}, {static.policy.value}, {static.max_num_batched_tokens} tokens a step, "
+        f"{static.simulated.requests_per_second:.3f} requests/s; speed-up over it {plan.speedup:.2f}"
+    )

@@ -1,0 +1,82 @@
+"""Throughput of given layouts against one changing figure: output length, or all-reduce bandwidth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from seesaw_ds.config import RunConfig, dtype_name
+from seesaw_ds.errors import UserError
+from seesaw_ds.layout import LayoutPair
+from seesaw_ds.plan.bounds import InputTotals, bound_seconds
+from seesaw_ds.plan.candidates import Candidate, scheduler_limits
+from seesaw_ds.plan.hardware import HardwareProfile
+from seesaw_ds.plan.memory import size_pools
+from seesaw_ds.plan.planner import RANKING_STEPS, simulate
+from seesaw_ds.plan.workloads import RequestLength
+from seesaw_ds.shapes import ModelShape
+
+OUTPUT_RATIOS = (0.0, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3)
+BANDWIDTH_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0, 50.0)
+_INPUT_TOKENS = 3000  # as in the paper's figure
+_NUM_REQUESTS = 200
+_MICRO_BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """Requests per second by layouts, one value for each of `x`; None where the layouts do not fit."""
+
+    x_label: str
+    x: tuple[float, ...]
+    is_log: bool
+    requests_per_second: dict[str, list[float | None]]
+
+
+def output_ratio_curves(
+    run: RunConfig, shape: ModelShape, hardware: HardwareProfile, pairs: Sequence[LayoutPair]
+) -> Curves:
+    """Against the ratio of output to input tokens, with 3000 tokens in; ratio 0 is one token out."""
+    values: dict[str, list[float | None]] = {str(pair): [] for pair in pairs}
+    for ratio in OUTPUT_RATIOS:
+        lengths = [RequestLength(_INPUT_TOKENS, max(1, round(_INPUT_TOKENS * ratio)))] * _NUM_REQUESTS
+        for pair in pairs:
+            values[str(pair)].append(_throughput(run, shape, hardware, pair, lengths))
+    return Curves("output tokens / input tokens", OUTPUT_RATIOS, False, values)
+
+
+def bandwidth_curves(
+    run: RunConfig,
+    shape: ModelShape,
+    hardware: HardwareProfile,
+    pairs: Sequence[LayoutPair],
+    lengths: Sequence[RequestLength],
+) -> Curves:
+    """Against the all-reduce bandwidth, as a factor of the machine's; latencies stay."""
+    values: dict[str, list[float | None]] = {str(pair): [] for pair in pairs}
+    for factor in BANDWIDTH_FACTORS:
+        machine = hardware.with_all_reduce_scaled(factor)
+        for pair in pairs:
+            values[str(pair)].append(_throughput(run, shape, machine, pair, lengths))
+    return Curves("all-reduce bandwidth, factor", BANDWIDTH_FACTORS, True, values)
+
+
+def _throughput(
+    run: RunConfig, shape: ModelShape, hardware: HardwareProfile, pair: LayoutPair, lengths: Sequence[RequestLength]
+) -> float | None:
+    settings = replace(
+        run,
+        layouts=str(pair),
+        weight_reshard=run.weight_reshard if pair.is_nested else "host",
+        max_model_len=max(sum(length) for length in lengths),
+        max_num_batched_tokens=_MICRO_BATCH_TOKENS,
+    )
+    try:
+        pools = size_pools(settings, shape, hardware.memory_bytes)
+    except UserError:
+        return None
+    totals = InputTotals.of(lengths)
+    limits = scheduler_limits(settings, pools)
+    bound = bound_seconds(shape, hardware, pair, limits, totals, dtype_name(run, shape), settings.weight_reshard)
+    candidate = Candidate(settings, pools, limits, bound)
+    return simulate(candidate, shape, hardware, totals, lengths, RANKING_STEPS).requests_per_second

@@ -1,0 +1,246 @@
+"""A discrete-event simulator of the engine: the real scheduler decides, the cost model is the clock.
+
+Each replica has a scheduler of its own and as many pipeline stages as its layout of the phase has; all replicas draw
+from one queue of requests, in turn. Actions are executed as `seesaw_ds.sched.output` says: compute in the order given,
+copies beside it. Equal inputs give equal runs.
+
+To go faster a simulation may count in units of several tokens: lengths, blocks and micro-batches shrink by that factor,
+and one simulated decode step stands for as many real ones, one after the other. All requests stay, and so do the
+pools, the batch sizes and the transitions; what is lost is the rounding of lengths to whole units.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from seesaw_ds.layout import LayoutPair, Phase
+from seesaw_ds.plan.cost import CostModel, StepWork, add_work, chunk_work
+from seesaw_ds.plan.hardware import HardwareProfile
+from seesaw_ds.plan.outcome import SimulatedRun
+from seesaw_ds.plan.transfers import CopyLanes, ReshardSeconds, reshard_seconds
+from seesaw_ds.plan.workloads import RequestLength
+from seesaw_ds.sched.output import (
+    Action,
+    DecodeBatch,
+    DecodeDone,
+    Event,
+    Evict,
+    EvictDone,
+    PhaseSwitched,
+    PrefillBatch,
+    PrefillDone,
+    SchedulerLimits,
+    SequenceSpec,
+    SwapIn,
+    SwapInDone,
+    SwapOutDone,
+    SwitchPhase,
+)
+from seesaw_ds.sched.scheduler import Scheduler
+from seesaw_ds.shapes import ModelShape
+
+
+def pairs_per_token(shape: ModelShape) -> int:
+    """The context length at which a token's attention costs as much as its linear layers; the scheduler's weight."""
+    return max(1, shape.layer_parameters // (2 * shape.num_heads * shape.head_dim))
+
+
+class _Replica:
+    """One replica's devices: when each is free, and what will be answered when."""
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        costs: dict[Phase, CostModel],
+        reshard: ReshardSeconds,
+        hardware: HardwareProfile,
+        unit: int,
+    ) -> None:
+        shape = costs[Phase.PREFILL].shape
+        unit_limits = replace(
+            limits,
+            block_size=limits.block_size // unit,
+            max_num_batched_tokens=limits.max_num_batched_tokens // unit,
+        )
+        self.scheduler = Scheduler(unit_limits, max(1, pairs_per_token(shape) // unit))
+        self.events: list[tuple[float, int, Event]] = []
+        self.end = 0.0
+        self.phase_seconds = dict.fromkeys(Phase, 0.0)
+        self.transition_seconds = 0.0
+        self.busy_seconds = 0.0
+        self.num_decode_steps = 0
+        self.num_decode_rows = 0
+        self._unit = unit
+        self._costs = costs
+        self._reshard = reshard
+        self._num_answers = 0
+        self._phase = Phase.PREFILL
+        self._phase_start = 0.0
+        self._stage_free = [0.0] * costs[Phase.PREFILL].layout.pp
+        self._group_ready = [0.0] * costs[Phase.DECODE].layout.pp
+        self._lanes = [CopyLanes(hardware) for _ in range(max(cost.layout.pp for cost in costs.values()))]
+        replica_size = costs[Phase.PREFILL].layout.replica_size
+        self._rank_block_bytes = limits.block_size * costs[Phase.PREFILL].kv_token_bytes / replica_size
+
+    def run_ahead(self, now: float) -> None:
+        """Execute whatever the scheduler wants done now."""
+        while (action := self.scheduler.schedule()) is not None:
+            self._execute(action, now)
+
+    def take_event(self) -> float:
+        """Give the earliest answer to the scheduler; returns its time."""
+        now, _, event = heapq.heappop(self.events)
+        self.scheduler.update(event)
+        self.end = now
+        return now
+
+    def close_phase(self) -> None:
+        """Count the last phase's seconds."""
+        self.phase_seconds[self._phase] += self.end - self._phase_start
+
+    def _answer(self, time: float, event: Event) -> None:
+        self._num_answers += 1
+        heapq.heappush(self.events, (time, self._num_answers, event))
+
+    def _execute(self, action: Action, now: float) -> None:
+        if isinstance(action, DecodeBatch):
+            self._decode(action, now)
+        elif isinstance(action, PrefillBatch):
+            self._prefill(action, now)
+        elif isinstance(action, SwapIn):
+            num_bytes = len(action.host_block_ids) * self._rank_block_bytes
+            self._answer(self._lanes[0].copy_in(now, num_bytes), SwapInDone(action.seq_id))
+        elif isinstance(action, Evict):
+            num_bytes = len(action.gpu_block_ids) * self._rank_block_bytes
+            self._answer(self._lanes[0].copy_out(now, num_bytes), EvictDone(action.seq_id))
+        else:
+            self._switch(action, now)
+
+    def _run_stages(self, cost: CostModel, work: StepWork, ready: float, repeats: int = 1) -> list[float]:
+        """Pass a micro-batch through the pipeline, `repeats` times in one go; returns when each stage ends."""
+        ends = []
+        send = repeats * cost.send_seconds(work.num_tokens) if len(self._stage_free) > 1 else 0.0
+        for stage, once in enumerate(cost.stage_seconds(work)):
+            seconds = repeats * once
+            end = max(ready, self._stage_free[stage]) + seconds
+            self._stage_free[stage] = end
+            ends.append(end)
+            ready = end + send
+            self.busy_seconds += seconds / len(self._stage_free)
+        return ends
+
+    def _prefill(self, batch: PrefillBatch, now: float) -> None:
+        cost = self._costs[Phase.PREFILL]
+        chunks = batch.chunks
+        unit = self._unit
+        work = add_work(*(chunk_work(unit * chunk.start, unit * chunk.num_tokens, chunk.is_last) for chunk in chunks))
+        ends = self._run_stages(cost, work, now)
+        first_tokens = tuple((chunk.seq_id, 0) for chunk in chunks if chunk.is_last)
+        self._answer(ends[-1] + cost.sample_seconds(), PrefillDone(batch.step_id, first_tokens))
+        for chunk in chunks:
+            if chunk.is_last:
+                num_bytes = len(chunk.host_block_ids) * self._rank_block_bytes
+                done = max(self._lanes[stage].copy_out(end, num_bytes) for stage, end in enumerate(ends))
+                self._answer(done, SwapOutDone(chunk.seq_id))
+
+    def _decode(self, batch: DecodeBatch, now: float) -> None:
+        cost = self._costs[Phase.DECODE]
+        num_rows = len(batch.rows)
+        context = self._unit * (sum([row.position for row in batch.rows]) + num_rows)
+        work = StepWork(num_tokens=num_rows, decode_context=context, num_rows=num_rows)
+        ends = self._run_stages(cost, work, max(now, self._group_ready[batch.group]), repeats=self._unit)
+        done = ends[-1] + self._unit * cost.sample_seconds()
+        self._group_ready[batch.group] = done
+        self.num_decode_steps += 1
+        self.num_decode_rows += num_rows
+        self._answer(done, DecodeDone(batch.step_id, tuple([(row.seq_id, 0) for row in batch.rows])))
+
+    def _switch(self, action: SwitchPhase, now: float) -> None:
+        start = max(now, *self._stage_free)
+        end = start + self._reshard.to(action.to)
+        self.phase_seconds[self._phase] += start - self._phase_start
+        self.transition_seconds += end - start
+        self._phase, self._phase_start = action.to, end
+        self._stage_free = [end] * self._costs[action.to].layout.pp
+        self._answer(end, PhaseSwitched(action.to))
+
+
+@dataclass
+class Simulator:
+    """Runs requests through an engine of `pair` on `hardware`; `limits` are those of one replica.
+
+    The outputs run to the lengths given. `unit` is how many tokens to count as one; it divides the block size.
+    Raises ValueError when a request cannot fit the pools.
+    """
+
+    shape: ModelShape
+    hardware: HardwareProfile
+    pair: LayoutPair
+    limits: SchedulerLimits
+    dtype: str = "bfloat16"
+    weight_reshard: str = "exchange"
+    unit: int = 1
+    _replicas: list[_Replica] = field(init=False, default_factory=list)
+    _waiting: deque[SequenceSpec] = field(init=False, default_factory=deque)
+
+    def run(self, lengths: Sequence[RequestLength]) -> SimulatedRun:
+        """Simulate the whole input, from the first micro-batch to the last result."""
+        costs = {phase: CostModel(self.shape, self.hardware, self.pair[phase], self.dtype) for phase in Phase}
+        reshard = reshard_seconds(self.shape, self.pair, self.hardware, self.dtype, self.weight_reshard)
+        self._replicas = [_Replica(self.limits, costs, reshard, self.hardware, self.unit) for _ in range(self.pair.dp)]
+        self._waiting = deque(self._spec(i, length) for i, length in enumerate(lengths))
+        self._deal()
+        order: list[tuple[float, int]] = []
+        for index, replica in enumerate(self._replicas):
+            replica.run_ahead(0.0)
+            if replica.events:
+                heapq.heappush(order, (replica.events[0][0], index))
+        while order:
+            _, index = heapq.heappop(order)
+            replica = self._replicas[index]
+            now = replica.take_event()
+            if self._waiting and replica.scheduler.wants_input:
+                self._deal()
+            replica.run_ahead(now)
+            if replica.events:
+                heapq.heappush(order, (replica.events[0][0], index))
+        assert all(replica.scheduler.is_done for replica in self._replicas), "the simulated engine stalled"
+        return self._outcome(len(lengths))
+
+    def _spec(self, seq_id: int, length: RequestLength) -> SequenceSpec:
+        """The request in units; it needs no more blocks than the real one."""
+        prompt = max(1, round(length.input_tokens / self.unit))
+        stored = round((length.input_tokens + length.output_tokens - 1) / self.unit)
+        return SequenceSpec(seq_id, prompt, max_tokens=max(1, stored - prompt + 1))
+
+    def _deal(self) -> None:
+        """Give waiting requests to the replicas that want some, one each in turn."""
+        while self._waiting:
+            wanting = [replica for replica in self._replicas if replica.scheduler.wants_input]
+            if not wanting:
+                return
+            for replica in wanting[: len(self._waiting)]:
+                replica.scheduler.add(self._waiting.popleft())
+        for replica in self._replicas:
+            replica.scheduler.close_input()
+
+    def _outcome(self, num_requests: int) -> SimulatedRun:
+        for replica in self._replicas:
+            replica.close_phase()
+        last = max(self._replicas, key=lambda replica: replica.end)
+        num_steps = sum(replica.num_decode_steps for replica in self._replicas)
+        num_rows = sum(replica.num_decode_rows for replica in self._replicas)
+        return SimulatedRun(
+            num_requests=num_requests,
+            seconds=last.end,
+            prefill_seconds=last.phase_seconds[Phase.PREFILL],
+            decode_seconds=last.phase_seconds[Phase.DECODE],
+            transition_seconds=last.transition_seconds,
+            num_transitions=len(last.scheduler.transitions),
+            num_evictions=sum(replica.scheduler.stats().num_evictions for replica in self._replicas),
+            busy_share=sum(replica.busy_seconds for replica in self._replicas) / (last.end * len(self._replicas)),
+            mean_decode_batch=num_rows / num_steps if num_steps else 0.0,
+        )

@@ -1,0 +1,265 @@
+"""A simulated engine in the manner of vLLM: one layout for both phases, no host pool, its own batching policy.
+
+It is what a phase-separated run is compared with. Each replica has as many groups as pipeline stages; a group has its
+own running sequences and at most one step in flight, and all groups of a replica share its KV room. A sequence that
+finds no room as it grows gives way to older ones of its group and is computed again (preemption by recomputing, newest
+first); a group's last sequence stays, so that each group makes progress.
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from seesaw_ds.layout import ParallelLayout
+from seesaw_ds.plan.cost import CostModel, StepWork, add_work, chunk_work
+from seesaw_ds.plan.hardware import HardwareProfile
+from seesaw_ds.plan.outcome import SimulatedRun
+from seesaw_ds.plan.workloads import RequestLength
+from seesaw_ds.shapes import ModelShape
+
+
+class BatchPolicy(str, enum.Enum):
+    """What a step is made of.
+
+    PREFILL_FIRST runs waiting prompts whenever there is room, and else decodes. DECODE_FIRST fills up with prompts,
+    then decodes until all of them have ended. CHUNKED has the running sequences in every step, and fills it up with
+    chunks of prompts.
+    """
+
+    PREFILL_FIRST = "prefill-first"
+    DECODE_FIRST = "decode-first"
+    CHUNKED = "chunked"
+
+
+@dataclass(frozen=True, slots=True)
+class StaticEngineLimits:
+    """Sizes of one replica: KV room in tokens, sequences decoding in one group, tokens in a step.
+
+    Without chunks a prompt longer than `max_num_batched_tokens` is a step of its own.
+    """
+
+    num_kv_tokens: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int = 16
+
+    def holds(self, lengths: Sequence[RequestLength]) -> bool:
+        """Whether each request alone finds room."""
+        longest = max(length.input_tokens + length.output_tokens for length in lengths)
+        return longest + self.block_size <= self.num_kv_tokens
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request's prompt to compute, tokens to come, and the decode step at which it joined."""
+
+    prompt: int
+    output: int
+    computed: int = 0
+    join_step: int = 0
+
+
+@dataclass(slots=True)
+class _Group:
+    """The sequences of one pipeline group. `step` counts its decode steps; `ends` holds (last step, join number)."""
+
+    step: int = 0
+    context: int = 0
+    running: dict[int, _Request] = field(default_factory=dict)
+    ends: list[tuple[int, int]] = field(default_factory=list)
+    partial: _Request | None = None
+    is_filling: bool = True
+
+
+class _Replica:
+    def __init__(self, cost: CostModel, policy: BatchPolicy, limits: StaticEngineLimits) -> None:
+        self.end = 0.0
+        self.prefill_seconds = 0.0
+        self.busy_seconds = 0.0
+        self.num_decode_steps = 0
+        self.num_decode_rows = 0
+        self.num_preemptions = 0
+        self.waiting: deque[_Request] = deque()
+        self._cost = cost
+        self._policy = policy
+        self._limits = limits
+        self._num_used = 0  # KV tokens, with half a block for each sequence's last one
+        self._num_joined = 0
+        self._groups = [_Group() for _ in range(cost.layout.pp)]
+        self._stage_free = [0.0] * cost.layout.pp
+
+    def run(self) -> None:
+        """Run all waiting requests to their ends."""
+        ready = [(0.0, index) for index in range(len(self._groups))]
+        idle: list[int] = []
+        while ready:
+            now, index = heapq.heappop(ready)
+            work, finish = self._next_step(self._groups[index])
+            if work.num_tokens == 0:
+                idle.append(index)  # until another group gives room or requests back
+                continue
+            end = self._pass_through(work, now)
+            self._finish_step(self._groups[index], finish)
+            heapq.heappush(ready, (end, index))
+            for other in idle:
+                heapq.heappush(ready, (end, other))
+            idle.clear()
+        assert not self.waiting, "the simulated engine stalled"
+
+    def _pass_through(self, work: StepWork, ready: float) -> float:
+        send = self._cost.send_seconds(work.num_tokens) if len(self._stage_free) > 1 else 0.0
+        start = max(ready, self._stage_free[0])
+        for stage, seconds in enumerate(self._cost.stage_seconds(work)):
+            end = max(ready, self._stage_free[stage]) + seconds
+            self._stage_free[stage] = end
+            ready = end + send
+            self.busy_seconds += seconds / len(self._stage_free)
+        if work.prefill_pairs:
+            self.prefill_seconds += (end - start) / len(self._stage_free)
+        self.end = end + self._cost.sample_seconds()
+        return self.end
+
+    # Making a step
+
+    def _next_step(self, group: _Group) -> tuple[StepWork, list[_Request]]:
+        """The group's next step, and the requests whose prompt ends in it. Decode rows are counted here."""
+        if self._policy is BatchPolicy.CHUNKED:
+            decode = self._decode_rows(group)
+            prompts, finish = self._chunks(group, self._limits.max_num_batched_tokens - decode.num_rows)
+            return add_work(decode, prompts), finish
+        if self._policy is BatchPolicy.DECODE_FIRST:
+            group.is_filling |= not group.running
+        if group.is_filling:
+            prompts, finish = self._whole_prompts(group)
+            if finish:
+                return prompts, finish
+            group.is_filling = self._policy is BatchPolicy.PREFILL_FIRST
+        return self._decode_rows(group), []
+
+    def _decode_rows(self, group: _Group) -> StepWork:
+        """One token for every running sequence, after as many have given way as room asks."""
+        while self._num_used + len(group.running) > self._limits.num_kv_tokens and len(group.running) > 1:
+            self._preempt(group)
+        num_rows = len(group.running)
+        if num_rows == 0:
+            return StepWork()
+        self.num_decode_steps += 1
+        self.num_decode_rows += num_rows
+        group.step += 1
+        group.context += num_rows
+        self._num_used += num_rows
+        return StepWork(num_tokens=num_rows, decode_context=group.context, num_rows=num_rows)
+
+    def _preempt(self, group: _Group) -> None:
+        _, request = group.running.popitem()
+        num_done = group.step - request.join_step
+        group.context -= request.prompt + num_done
+        self._num_used -= self._room(request.prompt) + num_done
+        request.prompt, request.output, request.computed = request.prompt + num_done, request.output - num_done, 0
+        self.waiting.appendleft(request)
+        self.num_preemptions += 1
+
+    def _room(self, num_tokens: int) -> int:
+        return num_tokens + self._limits.block_size // 2
+
+    def _may_start(self, group: _Group, request: _Request, num_starting: int) -> bool:
+        has_room = self._num_used + self._room(request.prompt) <= self._limits.num_kv_tokens
+        return has_room and len(group.running) + num_starting < self._limits.max_num_seqs
+
+    def _whole_prompts(self, group: _Group) -> tuple[StepWork, list[_Request]]:
+        parts: list[StepWork] = []
+        finish: list[_Request] = []
+        num_tokens = 0
+        while self.waiting and self._may_start(group, self.waiting[0], len(finish)):
+            prompt = self.waiting[0].prompt
+            if finish and num_tokens + prompt > self._limits.max_num_batched_tokens:
+                break
+            num_tokens += prompt
+            self._num_used += self._room(prompt)
+            parts.append(chunk_work(0, prompt, True))
+            finish.append(self.waiting.popleft())
+        return add_work(*parts), finish
+
+    def _chunks(self, group: _Group, num_left: int) -> tuple[StepWork, list[_Request]]:
+        parts: list[StepWork] = []
+        finish: list[_Request] = []
+        while num_left > 0:
+            if group.partial is None:
+                if not self.waiting or not self._may_start(group, self.waiting[0], len(finish)):
+                    break
+                group.partial = self.waiting.popleft()
+                self._num_used += self._room(group.partial.prompt)
+            request = group.partial
+            num_tokens = min(num_left, request.prompt - request.computed)
+            is_last = request.computed + num_tokens == request.prompt
+            parts.append(chunk_work(request.computed, num_tokens, is_last))
+            request.computed += num_tokens
+            num_left -= num_tokens
+            if is_last:
+                finish.append(request)
+                group.partial = None
+        return add_work(*parts), finish
+
+    # After a step
+
+    def _finish_step(self, group: _Group, finish: list[_Request]) -> None:
+        while group.ends and group.ends[0][0] <= group.step:
+            _, number = heapq.heappop(group.ends)
+            request = group.running.get(number)
+            if request is not None:
+                del group.running[number]
+                group.context -= request.prompt + request.output - 1
+                self._num_used -= self._room(request.prompt) + request.output - 1
+        for request in finish:
+            if request.output == 1:
+                self._num_used -= self._room(request.prompt)
+                continue
+            self._num_joined += 1
+            request.join_step = group.step
+            group.context += request.prompt
+            group.running[self._num_joined] = request
+            heapq.heappush(group.ends, (group.step + request.output - 1, self._num_joined))
+
+
+def run_static_engine(
+    shape: ModelShape,
+    hardware: HardwareProfile,
+    layout: ParallelLayout,
+    limits: StaticEngineLimits,
+    policy: BatchPolicy,
+    lengths: Sequence[RequestLength],
+    dtype: str = "bfloat16",
+) -> SimulatedRun:
+    """Simulate the whole input; request i goes to replica i modulo their number.
+
+    Raises ValueError when a request cannot fit the KV room.
+    """
+    if not limits.holds(lengths):
+        longest = max(sum(length) for length in lengths)
+        raise ValueError(
+            f"num_kv_tokens={limits.num_kv_tokens}: the longest request has {longest} tokens; "
+            "use more devices, or shorten it"
+        )
+    cost = CostModel(shape, hardware, layout, dtype)
+    replicas = [_Replica(cost, policy, limits) for _ in range(layout.dp)]
+    for index, length in enumerate(lengths):
+        replicas[index % layout.dp].waiting.append(_Request(length.input_tokens, length.output_tokens))
+    for replica in replicas:
+        replica.run()
+    last = max(replicas, key=lambda replica: replica.end)
+    num_steps = sum(replica.num_decode_steps for replica in replicas)
+    return SimulatedRun(
+        num_requests=len(lengths),
+        seconds=last.end,
+        prefill_seconds=last.prefill_seconds,
+        decode_seconds=last.end - last.prefill_seconds,
+        transition_seconds=0.0,
+        num_transitions=0,
+        num_evictions=sum(replica.num_preemptions for replica in replicas),
+        busy_share=sum(replica.busy_seconds for replica in replicas) / (last.end * len(replicas)),
+        mean_decode_batch=sum(replica.num_decode_rows for replica in replicas) / num_steps if num_steps else 0.0,
+    )

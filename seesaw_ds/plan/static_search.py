@@ -1,0 +1,99 @@
+"""The best that an engine with one layout and no host pool could do: the planner's yardstick.
+
+Its layouts are all that fit, its policy and its step's tokens the best of those tried, as a user would tune them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from seesaw_ds.config import RunConfig, dtype_name
+from seesaw_ds.layout import LayoutPair, ParallelLayout
+from seesaw_ds.plan.candidates import broken_rule, layout_pairs
+from seesaw_ds.plan.hardware import HardwareProfile
+from seesaw_ds.plan.outcome import SimulatedRun
+from seesaw_ds.plan.static_engine import BatchPolicy, StaticEngineLimits, run_static_engine
+from seesaw_ds.plan.workloads import RequestLength
+from seesaw_ds.shapes import DTYPE_BYTES, ModelShape
+
+CHUNK_TOKENS = (256, 512, 1024, 2048, 4096)
+"""Sizes of a chunked step that are tried; whole prompts are tried with the largest."""
+
+_FIRST_TRY = (BatchPolicy.CHUNKED, 512)
+_NUM_FINALISTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class StaticPlan:
+    """A static layout with its policy, and the simulated run."""
+
+    layout: ParallelLayout
+    policy: BatchPolicy
+    max_num_batched_tokens: int
+    simulated: SimulatedRun
+
+
+def static_kv_tokens(
+    run: RunConfig, shape: ModelShape, hardware: HardwareProfile, layout: ParallelLayout, step_tokens: int
+) -> int:
+    """KV tokens that a replica has room for beside its weights and the activations of a step; 0 when there is none."""
+    dtype = dtype_name(run, shape)
+    itemsize = DTYPE_BYTES[dtype]
+    num_layers = layout.stage_layers(shape.num_layers)[0].size
+    table = shape.vocab_size * shape.hidden_size * itemsize / layout.tp
+    weights = num_layers * shape.layer_parameters * itemsize / layout.tp + table * (2 if layout.pp == 1 else 1)
+    width = 6 * shape.hidden_size + 3 * (shape.intermediate_size + shape.num_heads * shape.head_dim) / layout.tp
+    activations = step_tokens * width * itemsize + 3 * run.max_num_seqs * shape.vocab_size * 4
+    room = hardware.memory_bytes * run.gpu_memory_utilization - weights - activations
+    token_bytes = shape.kv_block_bytes(num_layers, shape.num_kv_heads, 1, dtype) / layout.tp
+    return max(0, int(room / token_bytes))
+
+
+def static_layouts(shape: ModelShape, num_devices: int, devices_per_node: int) -> list[ParallelLayout]:
+    """Every single layout that the heads and layers allow."""
+    pairs = [pair for pair in layout_pairs(num_devices, devices_per_node) if pair.is_static]
+    return [pair.prefill for pair in pairs if broken_rule(shape, LayoutPair(pair.prefill, pair.prefill)) is None]
+
+
+def best_static_plan(
+    run: RunConfig,
+    shape: ModelShape,
+    hardware: HardwareProfile,
+    layouts: Sequence[ParallelLayout],
+    lengths: Sequence[RequestLength],
+) -> StaticPlan | None:
+    """The fastest of `layouts` with any policy and step size; None when none fits.
+
+    All layouts are simulated in chunks of the middle size; the few fastest then with every other setting.
+    """
+    first = [plan for layout in layouts if (plan := _simulate(run, shape, hardware, layout, *_FIRST_TRY, lengths))]
+    first.sort(key=lambda plan: plan.simulated.seconds)
+    settings = [(BatchPolicy.CHUNKED, tokens) for tokens in CHUNK_TOKENS]
+    settings += [(policy, CHUNK_TOKENS[-1]) for policy in (BatchPolicy.PREFILL_FIRST, BatchPolicy.DECODE_FIRST)]
+    settings.remove(_FIRST_TRY)
+    tuned = [
+        plan
+        for finalist in first[:_NUM_FINALISTS]
+        for policy, tokens in settings
+        if (plan := _simulate(run, shape, hardware, finalist.layout, policy, tokens, lengths))
+    ]
+    return min(first + tuned, key=lambda plan: plan.simulated.seconds, default=None)
+
+
+def _simulate(
+    run: RunConfig,
+    shape: ModelShape,
+    hardware: HardwareProfile,
+    layout: ParallelLayout,
+    policy: BatchPolicy,
+    step_tokens: int,
+    lengths: Sequence[RequestLength],
+) -> StaticPlan | None:
+    """One simulation; None when the longest request does not fit beside the weights."""
+    num_kv_tokens = static_kv_tokens(run, shape, hardware, layout, step_tokens)
+    limits = StaticEngineLimits(num_kv_tokens, run.max_num_seqs, step_tokens, run.kv_block_size)
+    if not limits.holds(lengths):
+        return None
+    simulated = run_static_engine(shape, hardware, layout, limits, policy, lengths, dtype_name(run, shape))
+    return StaticPlan(layout, policy, step_tokens, simulated)

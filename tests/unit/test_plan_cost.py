@@ -1,0 +1,127 @@
+"""The cost model: appendix A's terms as written, and what the finer model adds to them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from plan_cases import hardware, pair, shape
+from seesaw_ds.errors import UserError
+from seesaw_ds.layout import ParallelLayout, Phase
+from seesaw_ds.plan.appendix_a import Rates, layer_terms, max_batch, seconds_per_sequence
+from seesaw_ds.plan.cost import CostModel, StepWork, add_work, chunk_work
+from seesaw_ds.plan.transfers import CopyLanes, reshard_seconds
+
+MODEL = shape("llama2-70b")
+RATES = Rates(flops=100e12, memory_bandwidth=500e9, all_reduce_bandwidth=lambda tp: 10e9 / tp)
+
+
+def cost(layouts: str, machine: str = "a10") -> CostModel:
+    return CostModel(MODEL, hardware(machine), ParallelLayout.parse(layouts), "bfloat16")
+
+
+def test_appendix_a_terms_are_those_of_the_table():
+    parameters = MODEL.layer_parameters
+    prefill = layer_terms(MODEL, RATES, Phase.PREFILL, b=2, s=1000, tp=4)
+    assert prefill.linear_memory == pytest.approx(2 * parameters / 500e9)
+    assert prefill.linear_compute == pytest.approx(2 * 2 * parameters * 1000 / 100e12)
+    assert prefill.attention_memory == pytest.approx(2 * 2 * 1000 * (64 + 16) * 128 / 500e9)
+    assert prefill.attention_compute == pytest.approx(2 * 64 * 1000**2 * 128 * 2 / 100e12)
+    assert prefill.network == pytest.approx(4 * 2 * 1000 * 64 * 128 / 2.5e9)
+    decode = layer_terms(MODEL, RATES, Phase.DECODE, b=2, s=1000, tp=4)
+    assert decode.linear_compute == pytest.approx(2 * 2 * parameters / 100e12)
+    assert decode.attention_memory == pytest.approx(4 * 2 * 1000 * 8 * 128 / 500e9)
+    assert decode.attention_compute == pytest.approx(2 * 2 * 64 * 1000 * 128 / 100e12)
+    assert decode.network == pytest.approx(4 * 2 * 64 * 128 / 2.5e9)
+    assert layer_terms(MODEL, RATES, Phase.DECODE, b=2, s=1000, tp=1).network == 0.0
+
+
+def test_appendix_a_prefers_pipelines_in_prefill_and_tensors_in_decode():
+    def seconds(phase: Phase, layouts: str) -> float:
+        layout = ParallelLayout.parse(layouts)
+        terms = layer_terms(MODEL, RATES, phase, b=16, s=1000, tp=layout.tp)
+        return seconds_per_sequence(MODEL, terms, layout, b=16)
+
+    assert seconds(Phase.PREFILL, "P8") < seconds(Phase.PREFILL, "T4P2") < seconds(Phase.PREFILL, "T8")
+    assert seconds(Phase.DECODE, "T4P2") < seconds(Phase.DECODE, "T2P4") < seconds(Phase.DECODE, "P8")
+
+
+def test_appendix_a_largest_batch_fills_what_the_weights_leave():
+    layout = ParallelLayout.parse("T4P2")
+    room = 24e9 * 8 - 2 * 80 * MODEL.layer_parameters
+    assert max_batch(MODEL, 24e9, layout, s=1000) == pytest.approx(room / (80 * 4 * 8 * 128 * 1000))
+    assert max_batch(MODEL, 24e9, ParallelLayout.parse("D4T2"), s=1000) < 0
+
+
+def test_linear_seconds_follow_the_roofline_and_round_its_ridge():
+    model = cost("T1")
+    parameters = 1e8
+    memory = model.linear_seconds(parameters, 1)
+    assert memory == pytest.approx(parameters * 2 / (600 * 2**30 * 0.9), rel=1e-3)
+    compute = model.linear_seconds(parameters, 100_000)
+    assert compute == pytest.approx(2 * parameters * 100_000 / (125e12 * 0.75), rel=1e-3)
+    ridge = round(memory * 125e12 * 0.75 / 2 / parameters)
+    assert model.linear_seconds(parameters, ridge) == pytest.approx(2**0.25 * memory, rel=0.01)
+
+
+def test_chunks_of_a_prompt_add_up_to_the_whole():
+    whole = chunk_work(0, 1000, True)
+    parts = add_work(chunk_work(0, 300, False), chunk_work(300, 700, True))
+    assert parts.prefill_pairs == whole.prefill_pairs == 1000 * 1001 // 2
+    assert (parts.num_tokens, parts.num_rows) == (whole.num_tokens, whole.num_rows)
+    assert parts.prefill_context == 300 + 1000  # the second chunk reads the first one's KV again
+    assert add_work() == StepWork()
+
+
+def test_prefill_attention_is_quadratic_and_decode_attention_reads_kv():
+    model = cost("T1")
+    short, long = (model.attention_seconds(chunk_work(0, tokens, True)) for tokens in (2000, 4000))
+    assert long / short == pytest.approx(4, rel=0.01)
+    kv_bytes = 2 * 8 * 128 * 2 * 50_000
+    bandwidth = hardware("a10").memory_bandwidth * 0.9
+    assert model.attention_seconds(StepWork(decode_context=50_000)) == pytest.approx(kv_bytes / bandwidth)
+
+
+def test_small_all_reduces_cost_their_latency():
+    work = StepWork(num_tokens=1, decode_context=100, num_rows=1)
+    extra = cost("T4").layer_seconds(work) - 2 * 35e-6
+    assert 0 < extra < cost("T1").layer_seconds(work)
+
+
+def test_uneven_stages_and_the_head_show_in_the_stage_times():
+    model = replace(MODEL, num_layers=10)
+    stages = CostModel(model, hardware("a10"), ParallelLayout.parse("P4"), "bfloat16")
+    assert stages.stage_layers == (3, 3, 2, 2)
+    work = StepWork(num_tokens=64, decode_context=64_000, num_rows=64)
+    seconds = stages.stage_seconds(work)
+    assert seconds[0] == seconds[1] == pytest.approx(1.5 * seconds[2])
+    assert seconds[3] == pytest.approx(seconds[2] + stages.head_seconds(64))
+
+
+def test_a_dtype_without_a_rate_is_refused():
+    machine = replace(hardware("a10"), flops={"bfloat16": 1e12})
+    model = CostModel(MODEL, machine, ParallelLayout(), "float32")
+    with pytest.raises(UserError, match=r"dtype='float32'.*flops for bfloat16 only"):
+        model.linear_seconds(1e6, 1)
+
+
+def test_exchange_moves_what_is_missing_and_host_reload_everything():
+    machine = replace(hardware("h200-p2p-off"), send_seconds=1e-12)
+    layer_bytes = 80 * MODEL.layer_parameters * 2
+    exchange = reshard_seconds(MODEL, pair("P2->T2"), machine, "bfloat16", "exchange")
+    assert exchange.to_decode == pytest.approx(layer_bytes / 4 / machine.send_bandwidth)
+    assert exchange.to(Phase.PREFILL) == pytest.approx(exchange.to(Phase.DECODE))
+    host = reshard_seconds(MODEL, pair("P2->T2"), machine, "bfloat16", "host")
+    assert host.to_decode == pytest.approx(layer_bytes / 2 / machine.host_to_device)
+    static = reshard_seconds(MODEL, pair("T2"), machine, "bfloat16", "host")
+    assert static.to_decode == static.to_prefill == 0.0
+
+
+def test_copies_queue_and_slow_each_other_down():
+    machine = replace(hardware("a10"), host_to_device=10.0, device_to_host=20.0, duplex=5.0)
+    lanes = CopyLanes(machine)
+    assert lanes.copy_in(0.0, 100) == 10.0
+    assert lanes.copy_in(1.0, 100) == 20.0
+    assert lanes.copy_out(5.0, 100) == 25.0  # the other lane is busy
+    assert lanes.copy_out(30.0, 100) == 35.0

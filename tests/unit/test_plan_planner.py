@@ -1,0 +1,182 @@
+"""The planner: it finds what exhaustive simulation finds, explains losers, and answers the impossible."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from plan_cases import ROOT, hardware, pair, run_config, shape
+from seesaw_ds.errors import UserError
+from seesaw_ds.plan.bounds import InputTotals
+from seesaw_ds.plan.candidates import broken_rule, find_candidates, layout_pairs
+from seesaw_ds.plan.planner import RANKING_STEPS, make_plan, simulate, thinned
+from seesaw_ds.plan.report import plan_json, plan_table
+from seesaw_ds.plan.sensitivity import bandwidth_curves, output_ratio_curves
+from seesaw_ds.plan.workloads import RequestLength, workload_lengths
+
+MODEL = shape("llama2-70b")
+A10 = hardware("a10")
+ARXIV = workload_lengths("arxiv", 500)
+RUN = run_config("auto", ARXIV, 640.0)
+
+
+@pytest.fixture(scope="module")
+def plan_70b_a10():
+    return make_plan(RUN, MODEL, A10, 8, ARXIV)
+
+
+def test_every_layout_pair_is_tried_once():
+    pairs = [str(each) for each in layout_pairs(8, 8)]
+    assert len(pairs) == len(set(pairs)) == 16 + 9 + 4 + 1
+    assert {"P8->T4P2", "D2P4->D2T4", "D4T2->D4P2", "D8"} <= set(pairs)
+    assert all(each.replica_size <= 8 and each.world_size == 512 for each in layout_pairs(512, 8))
+    assert {each.replica_size for each in layout_pairs(6, 8)} == {1, 2}  # 3 and 6 would straddle the nodes of 8
+    assert [str(each) for each in layout_pairs(1, 8)] == ["T1"]
+
+
+def test_heads_and_layers_rule_out_layouts():
+    model = replace(MODEL, num_kv_heads=4, num_layers=6)
+    rules = {str(each): broken_rule(model, each) for each in layout_pairs(8, 8)}
+    assert rules["T8"] == "num_key_value_heads=4 is not a multiple of 8"
+    assert rules["P8"] == "8 stages for num_hidden_layers=6"
+    assert rules["T4P2"] is None
+
+
+def test_resharding_wins_on_eight_a10_and_the_parts_add_up(plan_70b_a10):
+    best = plan_70b_a10.best
+    assert best.candidate.pair.prefill.pp == 8
+    assert best.candidate.pair.decode.tp >= 4
+    assert best.prefill_seconds + best.decode_seconds + best.transition_seconds == pytest.approx(best.seconds)
+    assert best.requests_per_second == pytest.approx(500 / best.seconds)
+    assert plan_70b_a10.speedup > 1.2
+
+
+def test_each_layout_is_ranked_pruned_or_rejected_with_a_reason(plan_70b_a10):
+    plan = plan_70b_a10
+    names = [simulated.candidate.run.layouts for simulated in plan.ranking]
+    names += [candidate.run.layouts for candidate in plan.pruned]
+    names += [rejected.layouts for rejected in plan.rejected]
+    assert sorted(names) == sorted(str(each) for each in layout_pairs(8, 8))
+    assert all("GiB" in rejected.reason for rejected in plan.rejected)
+    assert all(rejected.layouts.startswith("D") for rejected in plan.rejected)  # no copy of the weights fits half
+
+
+def test_what_was_pruned_could_not_have_won(plan_70b_a10):
+    totals = InputTotals.of(ARXIV)
+    best = plan_70b_a10.ranking[0].seconds
+    assert plan_70b_a10.pruned
+    for candidate in plan_70b_a10.pruned[:4]:
+        assert simulate(candidate, MODEL, A10, totals, ARXIV, RANKING_STEPS).seconds > best
+
+
+def test_a_device_that_holds_the_model_needs_no_resharding():
+    lengths = workload_lengths("arxiv", 200)
+    plan = make_plan(run_config("auto", lengths, 100.0), shape("llama3-8b"), hardware("h200-p2p-off"), 2, lengths)
+    assert str(plan.best.candidate.pair) == "D2"
+
+
+def test_plans_repeat_themselves_and_take_seconds():
+    lengths = workload_lengths("sharegpt", 2000)
+    run = run_config("auto", lengths, 640.0)
+    start = time.process_time()
+    plan = make_plan(run, MODEL, A10, 8, lengths)
+    # Under 5 s on an idle core; the bound leaves room for a busy machine.
+    assert time.process_time() - start < 15
+    again = make_plan(run, MODEL, A10, 8, lengths, with_static=False)
+    assert again.best == plan.best
+    assert again.best_static is None
+    assert again.speedup is None
+
+
+def test_a_million_requests_are_thinned():
+    lengths = thinned([RequestLength(100, 100)] * 1_000_000, 50_000)
+    assert len(lengths) == 500
+    assert thinned([RequestLength(10, 1000)], 10) == [RequestLength(10, 1000)]
+    many = workload_lengths("arxiv", 500) * 40
+    small = make_plan(RUN, MODEL, A10, 8, ARXIV, with_static=False)
+    large = make_plan(RUN, MODEL, A10, 8, many, with_static=False)
+    assert large.best.candidate.run.layouts == small.best.candidate.run.layouts
+    assert large.best.requests_per_second == pytest.approx(small.best.requests_per_second, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("num_devices", "host_gib", "message"),
+    [
+        (4, 640.0, r"no layout of 4 x a10 fits: the weights take 128\.\d GiB.*at least 6 devices"),
+        (8, 1.0, r"kv_offloading_size=1: one request of max_model_len=\d+ needs 1\.\d+ GiB"),
+    ],
+)
+def test_impossible_demands_say_what_is_needed(num_devices, host_gib, message):
+    run = replace(RUN, kv_offloading_size=host_gib)
+    with pytest.raises(UserError, match=message):
+        make_plan(run, MODEL, A10, num_devices, ARXIV)
+
+
+def test_an_empty_input_is_refused():
+    with pytest.raises(UserError, match="no requests"):
+        make_plan(RUN, MODEL, A10, 8, [])
+
+
+def test_candidates_take_host_reload_where_cells_cannot_be_exchanged():
+    lengths = [RequestLength(500, 100)] * 20
+    model = replace(shape("llama3-8b"), num_heads=48, num_kv_heads=12, intermediate_size=14400)
+    run = run_config("auto", lengths, 60.0)
+    candidates, _ = find_candidates(run, model, hardware("h100"), 6, 6, InputTotals.of(lengths))
+    reshards = {candidate.run.layouts: candidate.run.weight_reshard for candidate in candidates}
+    assert reshards["T2P3->T3P2"] == "host"
+    assert reshards["P6->T6"] == "exchange"
+
+
+def test_json_and_table_tell_the_plan(plan_70b_a10):
+    values = json.loads(json.dumps(plan_json(plan_70b_a10)))
+    assert values["best"]["layouts"] == plan_70b_a10.best.candidate.run.layouts
+    assert values["best_static"]["requests_per_second"] > 0
+    assert values["speedup"] == pytest.approx(
+        values["best"]["requests_per_second"] / values["best_static"]["requests_per_second"]
+    )
+    memory = values["best"]["memory_gib"]
+    assert sum(memory.values()) - memory["host_kv"] <= 24 * 0.9 + 0.01
+    table = plan_table(plan_70b_a10)
+    assert "best; max_num_batched_tokens" in table
+    assert "by the closed form" in table
+    assert "cannot run" in table
+    assert "speed-up over it" in table
+
+
+def test_the_output_ratio_curve_puts_resharding_on_top_for_short_outputs(monkeypatch):
+    monkeypatch.setattr("seesaw_ds.plan.sensitivity.OUTPUT_RATIOS", (0.0, 0.05, 0.1))
+    pairs = [pair(text) for text in ("P8", "T4P2", "P8->T4P2")]
+    rates = output_ratio_curves(RUN, MODEL, A10, pairs).requests_per_second
+    assert rates["P8"][0] > 1.5 * rates["T4P2"][0]
+    assert rates["P8"][2] < rates["T4P2"][2]  # falls fast with the outputs' length
+    for one, other, both in zip(rates["P8"], rates["T4P2"], rates["P8->T4P2"]):
+        assert both >= 0.99 * max(one, other)
+
+
+def test_the_bandwidth_curve_has_resharding_above_its_two_static_layouts():
+    model = shape("codellama-34b")
+    lengths = workload_lengths("arxiv", 100)
+    pairs = [pair(text) for text in ("D2P4", "D2T4", "D2P4->D2T4")]
+    curves = bandwidth_curves(run_config("auto", lengths, 640.0), model, A10, pairs, lengths)
+    rates = curves.requests_per_second
+    assert rates["D2P4"][0] == pytest.approx(rates["D2P4"][-1])  # a pipeline has no all-reduce
+    assert rates["D2T4"][0] < rates["D2T4"][-1]
+    for one, other, both in list(zip(rates["D2P4"], rates["D2T4"], rates["D2P4->D2T4"]))[1:4]:
+        assert both > max(one, other)
+
+
+def test_the_command_line_prints_json_and_names_mistakes():
+    command = [sys.executable, str(ROOT / "tools" / "plan.py"), "--model-shape", "llama2-70b", "--hardware", "a10"]
+    command += ["--workload", "arxiv", "--requests", "50", "--kv-offloading-size", "640"]
+    done = subprocess.run([*command, "--gpus", "8", "--json"], capture_output=True, text=True, check=True, timeout=120)
+    values = json.loads(done.stdout)
+    assert {"best", "best_static", "speedup"} <= set(values)
+    failed = subprocess.run([*command, "--gpus", "2"], capture_output=True, text=True, timeout=120)
+    assert failed.returncode == 2
+    assert failed.stderr.startswith("error: no layout of 2 x a10 fits")
+    assert "Traceback" not in failed.stderr

@@ -1,0 +1,145 @@
+"""Predict which layouts run a batch fastest on a machine, without the machine.
+
+    python tools/plan.py --model-shape llama2-70b --hardware a10 --gpus 8 --workload arxiv --requests 500 \
+        --kv-offloading-size 640
+
+The hardware is a profile of configs/hardware by name, or a file of the same form. With --model and --input
+the prompts of one's own batch file are counted in tokens, and max_tokens is taken for the length of the outputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from seesaw_ds.config import RunConfig
+from seesaw_ds.errors import UserError
+from seesaw_ds.layout import LayoutPair
+from seesaw_ds.plan.hardware import HardwareProfile, load_hardware
+from seesaw_ds.plan.planner import make_plan
+from seesaw_ds.plan.report import plan_json, plan_table
+from seesaw_ds.plan.sensitivity import Curves, bandwidth_curves, output_ratio_curves
+from seesaw_ds.plan.workloads import RequestLength, workload_lengths
+from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shapes = sorted(path.stem for path in (ROOT / "configs" / "models").glob("*.json"))
+    profiles = sorted(path.stem for path in (ROOT / "configs" / "hardware").glob("*.yaml"))
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--model-shape", choices=shapes, help="sizes of a known model")
+    model.add_argument("--model", type=Path, help="Hugging Face folder")
+    parser.add_argument("--hardware", required=True, help=f"a profile ({', '.join(profiles)}), or a YAML file")
+    parser.add_argument("--gpus", type=int, required=True, help="devices in all")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="a replica stays within a node")
+    work = parser.add_mutually_exclusive_group(required=True)
+    work.add_argument("--workload", help="arxiv, sharegpt, or constant lengths as INxOUT")
+    work.add_argument("--input", type=Path, help="OpenAI batch file; needs --model for its tokenizer")
+    parser.add_argument("--requests", type=int, default=500, help="requests of the workload")
+    parser.add_argument("--kv-offloading-size", type=float, required=True, help="host KV pool in GiB, over all devices")
+    parser.add_argument("--max-num-seqs", type=int, default=256, help="most sequences decoding at once, in a replica")
+    parser.add_argument("--dtype", default="bfloat16", help="of weights, activations and KV")
+    parser.add_argument("--json", action="store_true", help="JSON instead of the table")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw throughput against length and bandwidth")
+    return parser.parse_args()
+
+
+def find_hardware(name: str) -> HardwareProfile:
+    """The named profile, or the file of that path."""
+    path = ROOT / "configs" / "hardware" / f"{name}.yaml"
+    return load_hardware(path if path.is_file() else Path(name))
+
+
+def input_lengths(path: Path, folder: Path, shape: ModelShape) -> list[RequestLength]:
+    """Lengths of all sequences of a batch file; lines at fault are left out. Raises UserError when none is left."""
+    from seesaw_ds.batch.input import read_batch
+    from seesaw_ds.batch.lines import BatchRequest, TokenizedRequest
+    from seesaw_ds.batch.text import load_codec
+    from seesaw_ds.batch.tokenization import tokenize_request
+
+    codec = load_codec(folder)
+    lengths: list[RequestLength] = []
+    for line in read_batch(path):
+        if not isinstance(line, BatchRequest):
+            continue
+        tokenized = tokenize_request(line, codec, shape.max_position_embeddings, shape.vocab_size)
+        if isinstance(tokenized, TokenizedRequest):
+            for prompt in tokenized.prompts:
+                lengths += [RequestLength(len(prompt.token_ids), prompt.params.max_tokens)] * prompt.params.n
+    if not lengths:
+        raise UserError(f"input={str(path)!r}: no request in it can run")
+    return lengths
+
+
+def draw(path: Path, curves: list[Curves]) -> None:
+    """Write the curves side by side as a PNG. Raises UserError without matplotlib."""
+    try:
+        plotting = importlib.import_module("matplotlib.figure")
+    except ImportError:
+        raise UserError("--plot: needs matplotlib; install it, for example as pip install 'seesaw-ds[plot]'") from None
+    figure: Any = plotting.Figure(figsize=(6 * len(curves), 4.5), layout="constrained")
+    for axes, curve in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves):
+        for name, values in curve.requests_per_second.items():
+            points = [(x, y) for x, y in zip(curve.x, values) if y is not None]
+            axes.plot(*zip(*points), marker="o", label=name)
+        axes.set(xlabel=curve.x_label, ylabel="requests/s", xscale="log" if curve.is_log else "linear")
+        axes.legend()
+    figure.savefig(path)
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if arguments.input and not arguments.model:
+        raise UserError("--input: the prompts are counted in tokens; give the model's folder with --model")
+    if arguments.model:
+        config = read_hf_config(arguments.model)
+    else:
+        config = json.loads((ROOT / "configs" / "models" / f"{arguments.model_shape}.json").read_text())
+    shape = model_shape(config)
+    if arguments.input:
+        lengths = input_lengths(arguments.input, arguments.model, shape)
+    else:
+        lengths = workload_lengths(arguments.workload, arguments.requests)
+        # A workload may be longer than the model was trained for: only its sizes matter here.
+        longest = max(sum(length) for length in lengths)
+        shape = replace(shape, max_position_embeddings=max(longest, shape.max_position_embeddings))
+    run = RunConfig(
+        model=str(arguments.model or arguments.model_shape),
+        input=str(arguments.input or arguments.workload),
+        output="",
+        layouts="auto",
+        dtype=arguments.dtype,
+        max_model_len=max(sum(length) for length in lengths),
+        max_num_seqs=arguments.max_num_seqs,
+        kv_offloading_size=arguments.kv_offloading_size,
+    )
+    hardware = find_hardware(arguments.hardware)
+    plan = make_plan(run, shape, hardware, arguments.gpus, lengths, arguments.gpus_per_node)
+    print(json.dumps(plan_json(plan), indent=2) if arguments.json else plan_table(plan))
+    if arguments.plot:
+        drawn = [plan.best.candidate.pair]
+        drawn += [LayoutPair(layout, layout) for layout in dict.fromkeys((drawn[0].prefill, drawn[0].decode))]
+        curves = [
+            output_ratio_curves(run, shape, hardware, drawn),
+            bandwidth_curves(run, shape, hardware, drawn, lengths),
+        ]
+        draw(arguments.plot, curves)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
