@@ -1,8 +1,8 @@
 """Run a batch file through a model: ``deepspeed launch/run.py --config FILE``.
 
 The DeepSpeed launcher starts this once for each device. Rank 0 checks the settings, and starts the frontend and one
-scheduler for each replica, before any rank loads a model. This is the only place that reads the launcher's
-environment.
+scheduler for each replica, before any rank loads a model. Which rank this is it reads from the
+launcher's environment.
 """
 
 from __future__ import annotations

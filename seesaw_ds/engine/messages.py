@@ -104,11 +104,10 @@ class StoreDone(msgspec.Struct, tag=True, frozen=True):
 
 
 class SwitchDone(msgspec.Struct, tag=True, frozen=True):
-    """`num_bytes` of weights came to this rank, in `seconds`."""
+    """The new layout is in place; `num_bytes` of weights came to this rank."""
 
     rank: int
     to: Phase
-    seconds: float
     num_bytes: int
 
 

@@ -163,10 +163,9 @@ class Worker:
             devices.synchronize_stream(self._device)
         engine.state.activate(to)
         self._phase = to
-        seconds = time.monotonic() - start
-        self._reshard_seconds += seconds
+        self._reshard_seconds += time.monotonic() - start
         self._weight_bytes += num_bytes
-        self._reporter.result(wire.SwitchDone(self._rank, to, seconds, num_bytes))
+        self._reporter.result(wire.SwitchDone(self._rank, to, num_bytes))
 
     def _record_copy(self, name: str, start: float, end: float, num_bytes: int) -> None:
         track = Track(name)
