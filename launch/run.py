@@ -1,8 +1,8 @@
 """Run a batch file through a model: ``deepspeed launch/run.py --config FILE``.
 
-The DeepSpeed launcher starts this once for each device. Rank 0 checks the settings, and starts the frontend and one
-scheduler for each replica, before any rank loads a model. Which rank this is it reads from the
-launcher's environment.
+The DeepSpeed launcher starts this once for each device. Rank 0 checks the settings, chooses the layouts if they are
+"auto", and starts the frontend and one scheduler for each replica, before any rank loads a model. Which rank this is
+it reads from the launcher's environment.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from seesaw_ds.config import RunConfig
+from seesaw_ds.engine.agreement import SettingsStore
+from seesaw_ds.engine.auto_layouts import choose_layouts
 from seesaw_ds.engine.lifeline import Lifeline
 from seesaw_ds.engine.preflight import check_run, is_finished, load_config
 from seesaw_ds.engine.process_id import LAUNCH_NAME, ProcessId, launcher_ancestors, missing_launcher, ranks_of
@@ -96,6 +99,7 @@ def main() -> int:
     watch_launch(lifeline, launchers, first_rank=rank - int(os.environ["LOCAL_RANK"]))
 
     children: dict[str, subprocess.Popen] = {}
+    store: SettingsStore | None = None
     try:
         run = load_config(arguments.config, arguments.set, arguments.input, arguments.output)
         if rank == 0:
@@ -103,12 +107,24 @@ def main() -> int:
             if is_finished(run, arguments.overwrite):
                 print(f"{run.output} has every result already; --overwrite starts anew", flush=True)
                 lifeline.dismiss()
+        if run.has_auto_layouts:
+            store = SettingsStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), rank)
+            if rank == 0:
+                node_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"])
+                run = choose_layouts(run, world_size, node_size, arguments.overwrite)
+                check_run(run, world_size)
+                store.publish(run)
+            else:
+                run = store.take()
+        if rank == 0:
             children = start_children(run, run_id, arguments.overwrite, [*launchers, me])
     except UserError as error:
         if rank == 0:
             lifeline.fail(str(error), exit_code=2)
         time.sleep(CHILD_EXIT_SECONDS)  # rank 0 finds the same, says it and ends the run
         return 2
+    except RuntimeError as error:  # rank 0 went away while it planned
+        lifeline.fail(f"worker rank {rank}: {error!r}", details=traceback.format_exc())
     processes = [me]
     for name, child in children.items():
         lifeline.own(child.pid)

@@ -21,6 +21,7 @@ from seesaw_ds.shapes import ModelShape
 
 LOAD_FORMATS = ("auto", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+AUTO_LAYOUTS = "auto"
 WEIGHT_RESHARDS = ("exchange", "host")
 
 
@@ -31,16 +32,19 @@ class RunConfig:
     model                   folder in Hugging Face format
     load_format             "auto": its safetensors; "dummy": random weights of its config's shape
     dtype                   of weights, activations and KV; "auto" is what the model's config says
-    layouts                 "P2->T2" (prefill, decode), or "T2" for the same in both phases
+    layouts                 "P2->T2" (prefill, decode), "T2" for the same in both phases; "auto" lets the planner choose
+    hardware                what "auto" plans for: a name in configs/hardware or a YAML file; None: the device's
     weight_reshard          "exchange": between devices, in place; "host": from one copy in host memory
     max_model_len           longest prompt plus output
     max_num_seqs            most sequences decoding at once, in each replica
-    max_num_batched_tokens  most prompt tokens in a prefill micro-batch
+    max_num_batched_tokens  most tokens in a prefill micro-batch, decode rows that ride in it included
+    mixed_steps             sequences go on decoding during a prefill phase, as rows of its micro-batches
     gpu_memory_utilization  share of device memory for weights, KV and activations
     kv_block_size           tokens in a KV block
     kv_offloading_size      host KV pool in GiB, over all ranks
-    num_gpu_kv_blocks       decode KV pool in blocks; None: what device memory leaves
+    num_gpu_kv_blocks       device KV pool in blocks; None: what device memory leaves
     num_host_kv_blocks      host KV pool in blocks, in each replica; None: from kv_offloading_size
+    expected_output_tokens  mean length of outputs, as a first guess where max_tokens says little; None: max_tokens
     seed                    of the run; requests without a seed derive theirs from it
     input, output           OpenAI batch files: requests in, results out
     timeline                Chrome trace to write; None: no trace
@@ -50,19 +54,27 @@ class RunConfig:
     input: str
     output: str
     layouts: str
+    hardware: str | None = None
     load_format: str = "auto"
     dtype: str = "auto"
     weight_reshard: str = "exchange"
     max_model_len: int | None = None
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
+    max_num_batched_tokens: int = 1024
+    mixed_steps: bool = True
     gpu_memory_utilization: float = 0.9
     kv_block_size: int = 16
     kv_offloading_size: float = 4.0
     num_gpu_kv_blocks: int | None = None
     num_host_kv_blocks: int | None = None
+    expected_output_tokens: int | None = None
     seed: int = 0
     timeline: str | None = None
+
+    @property
+    def has_auto_layouts(self) -> bool:
+        """Whether the layouts are still to be chosen."""
+        return self.layouts == AUTO_LAYOUTS
 
     @property
     def layout_pair(self) -> LayoutPair:
@@ -95,7 +107,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     if float in options and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     wanted = next(option for option in options if option is not type(None))
-    if not isinstance(value, wanted) or isinstance(value, bool):
+    if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
         raise UserError(f"{name}={value!r}: must be {wanted.__name__}, not {type(value).__name__}")
     return value
 
@@ -112,6 +124,7 @@ def _check_values(run: RunConfig) -> None:
         "kv_block_size",
         "num_gpu_kv_blocks",
         "num_host_kv_blocks",
+        "expected_output_tokens",
     ):
         value = getattr(run, name)
         if value is not None and value < 1:
@@ -122,6 +135,11 @@ def _check_values(run: RunConfig) -> None:
         raise UserError(f"kv_offloading_size={run.kv_offloading_size}: must be above 0 and finite (GiB)")
     if not -(2**63) <= run.seed < 2**63:
         raise UserError(f"seed={run.seed}: must fit in 64 bits")
+    if not run.has_auto_layouts:
+        _check_layouts(run)
+
+
+def _check_layouts(run: RunConfig) -> None:
     try:
         pair = run.layout_pair
     except ValueError as error:
@@ -134,7 +152,15 @@ def _check_values(run: RunConfig) -> None:
 
 
 def check_fit(run: RunConfig, shape: ModelShape, world_size: int) -> None:
-    """Check the layouts against the launched ranks and the model. Raises UserError with the rule that is broken."""
+    """Check the settings against the launched ranks and the model. Raises UserError with the rule that is broken."""
+    limit = shape.max_position_embeddings
+    if run.max_model_len is not None and run.max_model_len > limit:
+        raise UserError(f"max_model_len={run.max_model_len}: the model's max_position_embeddings is {limit}")
+    if not run.has_auto_layouts:
+        _check_layouts_fit(run, shape, world_size)
+
+
+def _check_layouts_fit(run: RunConfig, shape: ModelShape, world_size: int) -> None:
     pair = run.layout_pair
     if pair.world_size != world_size:
         raise UserError(
@@ -158,9 +184,6 @@ def check_fit(run: RunConfig, shape: ModelShape, world_size: int) -> None:
                 f"layouts={run.layouts!r}: {name}={size} must be a multiple of {cells}, "
                 f"the tensor-parallel size (least common multiple of both phases')"
             )
-    limit = shape.max_position_embeddings
-    if run.max_model_len is not None and run.max_model_len > limit:
-        raise UserError(f"max_model_len={run.max_model_len}: the model's max_position_embeddings is {limit}")
 
 
 def max_model_len(run: RunConfig, shape: ModelShape) -> int:

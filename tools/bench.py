@@ -126,7 +126,14 @@ def figures(
     """The summary with utilisation of each phase and the ratio to the roofline."""
     phases = summary["phase_seconds"]
     used: Utilisation = utilisation(
-        shape, lengths, machine, world_size, phases["prefill"], phases["decode"], summary["decode_steps"]
+        shape,
+        lengths,
+        machine,
+        world_size,
+        phases["prefill"],
+        phases["decode"],
+        summary["decode_steps"],
+        summary["decode_rows"],
     )
     floor = roofline_seconds(shape, lengths, machine, world_size)
     return {

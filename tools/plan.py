@@ -26,6 +26,7 @@ from seesaw_ds.plan.hardware import HardwareProfile, load_hardware
 from seesaw_ds.plan.planner import make_plan
 from seesaw_ds.plan.report import plan_json, plan_table
 from seesaw_ds.plan.sensitivity import Curves, bandwidth_curves, output_ratio_curves
+from seesaw_ds.plan.static_engine import HostWork
 from seesaw_ds.plan.workloads import RequestLength, workload_lengths
 from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
 
@@ -48,6 +49,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=500, help="requests of the workload")
     parser.add_argument("--kv-offloading-size", type=float, required=True, help="host KV pool in GiB, over all devices")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="most sequences decoding at once, in a replica")
+    parser.add_argument(
+        "--no-mixed-steps", action="store_true", help="plan without decode rows in prefill micro-batches"
+    )
+    parser.add_argument(
+        "--static-step-ms", type=float, help="host time of the static engine's steps instead of the machine's"
+    )
+    parser.add_argument("--static-row-us", type=float, default=0.0, help="and for each row, with --static-step-ms")
     parser.add_argument("--dtype", default="bfloat16", help="of weights, activations and KV")
     parser.add_argument("--json", action="store_true", help="JSON instead of the table")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw throughput against length and bandwidth")
@@ -122,9 +130,13 @@ def main() -> int:
         max_model_len=max(sum(length) for length in lengths),
         max_num_seqs=arguments.max_num_seqs,
         kv_offloading_size=arguments.kv_offloading_size,
+        mixed_steps=not arguments.no_mixed_steps,
     )
     hardware = find_hardware(arguments.hardware)
-    plan = make_plan(run, shape, hardware, arguments.gpus, lengths, arguments.gpus_per_node)
+    host = None
+    if arguments.static_step_ms is not None:
+        host = HostWork(arguments.static_step_ms / 1e3, arguments.static_row_us / 1e6)
+    plan = make_plan(run, shape, hardware, arguments.gpus, lengths, arguments.gpus_per_node, static_host=host)
     print(json.dumps(plan_json(plan), indent=2) if arguments.json else plan_table(plan))
     if arguments.plot:
         drawn = [plan.best.candidate.pair]

@@ -18,6 +18,7 @@ from seesaw_ds.engine.messages import (
     LoadDone,
     NewTokens,
     Prefill,
+    Start,
     StepDone,
     Store,
     StoreDone,
@@ -50,13 +51,14 @@ class EngineCore:
         self._send = send
         self._sequences: dict[int, _Sequence] = {}
         self._step_rows: dict[int, list[int]] = {}
-        self._prefill_steps: set[int] = set()
+        self._prefill_steps: dict[int, list[int]] = {}
         self._group_slots: dict[int, list[int]] = {}
         self._acks: Counter[tuple[str, int]] = Counter()
         self._watched: set[int] = set()
         self._ended: list[int] = []
         self._results: list[SequenceResult] = []
         self.num_decode_steps = 0
+        self.num_decode_rows = 0
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
 
@@ -120,13 +122,17 @@ class EngineCore:
         if isinstance(action, actions.PrefillBatch):
             self._issue_prefill(action)
         elif isinstance(action, actions.DecodeBatch):
-            self._issue_decode(action)
+            self.num_decode_steps += 1
+            self.num_decode_rows += len(action.rows)
+            self._send(self._decode(action.step_id, action.group, action.rows))
+        elif isinstance(action, actions.Activate):
+            self._send(Start(action, self._sequences[action.seq_id].token_ids[-1]))
         elif isinstance(action, actions.SwapIn):
             self._issue_load(action)
         elif isinstance(action, actions.Evict):
             self._send(Store(action))
         else:
-            self._send(Switch(action.to))
+            self._send(Switch(action.to, action.gpu_block_ids))
 
     def _issue_prefill(self, batch: actions.PrefillBatch) -> None:
         unknown = []
@@ -135,18 +141,19 @@ class EngineCore:
             if sequence is not None and not sequence.is_known:
                 sequence.is_known = True
                 unknown.append(sequence.request)
-        self._prefill_steps.add(batch.step_id)
-        self._step_rows[batch.step_id] = [chunk.seq_id for chunk in batch.chunks if chunk.is_last]
-        self._send(Prefill(batch, unknown))
+        rows = self._decode(batch.step_id, batch.group, batch.rows) if batch.rows else None
+        ends = [chunk.seq_id for chunk in batch.chunks if chunk.is_last]
+        self._prefill_steps[batch.step_id] = ends
+        self._step_rows[batch.step_id] = [row.seq_id for row in batch.rows] + ends
+        self._send(Prefill(batch.step_id, batch.chunks, rows, unknown))
 
-    def _issue_decode(self, batch: actions.DecodeBatch) -> None:
-        self.num_decode_steps += 1
-        slots = [row.slot for row in batch.rows]
-        changed = self._group_slots.get(batch.group) != slots
-        self._group_slots[batch.group] = slots
-        self._step_rows[batch.step_id] = [row.seq_id for row in batch.rows]
-        new_blocks = [(row.slot, block) for row in batch.rows for block in row.new_block_ids]
-        self._send(Decode(batch.step_id, batch.group, slots if changed else None, new_blocks))
+    def _decode(self, step_id: int, group: int, rows: tuple[actions.DecodeRow, ...]) -> Decode:
+        slots = [row.slot for row in rows]
+        changed = self._group_slots.get(group) != slots
+        self._group_slots[group] = slots
+        self._step_rows[step_id] = [row.seq_id for row in rows]
+        new_blocks = [(row.slot, block) for row in rows for block in row.new_block_ids]
+        return Decode(step_id, group, slots if changed else None, new_blocks)
 
     def _issue_load(self, swap: actions.SwapIn) -> None:
         sequence = self._sequences[swap.seq_id]
@@ -169,9 +176,9 @@ class EngineCore:
                 sequence.logprobs.append(logprob)
         tokens = tuple(zip(rows, done.token_ids, strict=True))
         if done.step_id in self._prefill_steps:
-            self._prefill_steps.remove(done.step_id)
+            ends = self._prefill_steps.pop(done.step_id)
             self.num_prompt_tokens += sum(
-                len(self._sequences[seq_id].request.prompt_token_ids) for seq_id in rows if seq_id in self._sequences
+                len(self._sequences[seq_id].request.prompt_token_ids) for seq_id in ends if seq_id in self._sequences
             )
             self._update(actions.PrefillDone(done.step_id, tokens))
         else:

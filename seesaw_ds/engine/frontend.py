@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections import deque
 from pathlib import Path
 
 import msgspec
@@ -29,10 +30,13 @@ from seesaw_ds.observe.metrics import Activity, Interval, RunMetrics
 from seesaw_ds.observe.progress import ProgressBar
 from seesaw_ds.observe.report import format_table, summary, write_summary
 from seesaw_ds.observe.timeline import TimelineWriter
+from seesaw_ds.requests import SequenceRequest
 from seesaw_ds.shapes import model_shape, read_hf_config
 
 POLL_MILLISECONDS = 500
 GOODBYE_SECONDS = 20.0
+# So many at a time, between looks at the sockets.
+READ_AHEAD_SEQUENCES = 8
 
 
 class Frontend:
@@ -74,12 +78,14 @@ class Frontend:
         self._from_scheduler = msgspec.msgpack.Decoder(wire.SchedulerMessage)
         self._from_worker = msgspec.msgpack.Decoder(wire.WorkerTelemetry)
         self._tokens_seen = [(0, 0)] * self._layouts.dp
+        self._num_ready = 0
         self._byes = 0
+        self._ahead: deque[SequenceRequest] = deque()
 
     def run(self) -> None:
         """Serve until every line has its record; then stop the other processes and report."""
-        while not self._job.is_done:
-            self._receive(POLL_MILLISECONDS)
+        while not self._job.is_done or self._num_ready < self._layouts.dp:
+            self._receive(0 if self._read_ahead() else POLL_MILLISECONDS)
             self._progress.update()
         self._journal.close()
         self._progress.close()
@@ -89,6 +95,19 @@ class Frontend:
         figures = summary(self._metrics)
         write_summary(Path(self._run.output).with_name("summary.json"), figures)
         print(format_table(figures), flush=True)
+
+    def _read_ahead(self) -> bool:
+        """Read and tokenize a few requests while nobody asks, above all while the workers start; False: enough."""
+        room = self._layouts.dp * self._run.max_num_seqs - len(self._ahead)
+        if room <= 0 or self._job.is_exhausted:
+            return False
+        self._ahead += self._job.take(min(room, READ_AHEAD_SEQUENCES))
+        return True
+
+    def _next_input(self, num_sequences: int) -> wire.AddSequences:
+        requests = [self._ahead.popleft() for _ in range(min(num_sequences, len(self._ahead)))]
+        requests += self._job.take(num_sequences - len(requests))
+        return wire.AddSequences(requests, is_last=self._job.is_exhausted and not self._ahead)
 
     def _say_goodbye(self) -> None:
         # From here on the processes end one after the other, in good order.
@@ -116,8 +135,7 @@ class Frontend:
 
     def _on_scheduler(self, replica: int, message: wire.SchedulerMessage) -> None:
         if isinstance(message, wire.WantInput):
-            requests = self._job.take(message.num_sequences)
-            self._send(replica, wire.AddSequences(requests, is_last=self._job.is_exhausted))
+            self._send(replica, self._next_input(message.num_sequences))
         elif isinstance(message, wire.Results):
             for result in message.results:
                 self._job.add_result(result)
@@ -130,6 +148,7 @@ class Frontend:
             self._enter(replica, Activity.TRANSITION, message.start)
             self._enter(replica, Activity.of(message.to), message.end)
         elif isinstance(message, wire.SchedulerReady):
+            self._num_ready += 1
             self._enter(replica, Activity.PREFILL, time.monotonic())
         else:
             self._byes += 1
@@ -137,7 +156,7 @@ class Frontend:
     def _on_progress(self, replica: int, progress: wire.Progress) -> None:
         self._metrics.set_host_blocks(replica, progress.host_blocks_used, progress.host_blocks_total)
         self._metrics.set_evictions(replica, progress.num_evictions)
-        self._metrics.set_decode_steps(replica, progress.num_decode_steps)
+        self._metrics.set_decode_steps(replica, progress.num_decode_steps, progress.num_decode_rows)
         prompt_tokens, output_tokens = self._tokens_seen[replica]
         self._metrics.tokens_computed(progress.prompt_tokens - prompt_tokens, progress.output_tokens - output_tokens)
         self._tokens_seen[replica] = (progress.prompt_tokens, progress.output_tokens)

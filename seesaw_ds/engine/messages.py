@@ -12,16 +12,9 @@ from seesaw_ds.layout import Phase
 from seesaw_ds.observe.metrics import RankCounters
 from seesaw_ds.observe.timeline import Span
 from seesaw_ds.requests import SequenceRequest, SequenceResult, TokenLogprobs
-from seesaw_ds.sched.output import Evict, PrefillBatch, SwapIn
+from seesaw_ds.sched.output import Activate, Evict, PrefillChunk, SwapIn
 
 # ---------------------------------------------------------------- scheduler -> workers
-
-
-class Prefill(msgspec.Struct, tag=True, frozen=True):
-    """Run a micro-batch. `requests` are those of sequences that the workers have not seen yet."""
-
-    batch: PrefillBatch
-    requests: list[SequenceRequest]
 
 
 class Decode(msgspec.Struct, tag=True, frozen=True):
@@ -35,6 +28,25 @@ class Decode(msgspec.Struct, tag=True, frozen=True):
     group: int
     slots: list[int] | None
     new_blocks: list[tuple[int, int]]
+
+
+class Prefill(msgspec.Struct, tag=True, frozen=True):
+    """Run a micro-batch; `rows` is the decode step that rides in it.
+
+    `requests` are those of sequences that the workers have not seen yet.
+    """
+
+    step_id: int
+    chunks: tuple[PrefillChunk, ...]
+    rows: Decode | None
+    requests: list[SequenceRequest]
+
+
+class Start(msgspec.Struct, tag=True, frozen=True):
+    """Give a slot to a sequence whose prompt's KV stays on the GPU; `token_id` is its first."""
+
+    activate: Activate
+    token_id: int
 
 
 class Load(msgspec.Struct, tag=True, frozen=True):
@@ -51,9 +63,10 @@ class Store(msgspec.Struct, tag=True, frozen=True):
 
 
 class Switch(msgspec.Struct, tag=True, frozen=True):
-    """Re-shard to the other phase's layout."""
+    """Re-shard to the other phase's layout: the weights, and the KV of `gpu_block_ids`."""
 
     to: Phase
+    gpu_block_ids: tuple[int, ...]
 
 
 class Drop(msgspec.Struct, tag=True, frozen=True):
@@ -66,7 +79,7 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
     """Finish what is queued, say goodbye and exit."""
 
 
-Command = Prefill | Decode | Load | Store | Switch | Drop | Stop
+Command = Prefill | Decode | Start | Load | Store | Switch | Drop | Stop
 
 # ---------------------------------------------------------------- workers -> scheduler
 
@@ -75,7 +88,6 @@ class WorkerReady(msgspec.Struct, tag=True, frozen=True):
     """The worker has loaded its weights and made its pools; sizes are the replica's, the same from every rank."""
 
     process: ProcessId
-    num_prefill_blocks: int
     num_gpu_blocks: int
     num_host_blocks: int
 
@@ -104,7 +116,7 @@ class StoreDone(msgspec.Struct, tag=True, frozen=True):
 
 
 class SwitchDone(msgspec.Struct, tag=True, frozen=True):
-    """The new layout is in place; `num_bytes` of weights came to this rank."""
+    """The new layout is in place; `num_bytes` of weights and KV came to this rank."""
 
     rank: int
     to: Phase
@@ -143,7 +155,6 @@ SchedulerRequest = AddSequences | AbortSequences | Finish
 class SchedulerReady(msgspec.Struct, tag=True, frozen=True):
     """A replica can take sequences; pool sizes in blocks."""
 
-    num_prefill_blocks: int
     num_gpu_blocks: int
     num_host_blocks: int
 
@@ -177,6 +188,7 @@ class Progress(msgspec.Struct, tag=True, frozen=True):
     host_blocks_total: int
     num_evictions: int
     num_decode_steps: int
+    num_decode_rows: int
     prompt_tokens: int
     output_tokens: int
 

@@ -48,18 +48,22 @@ def load_config(path: str, settings: Sequence[str], input_path: str | None, outp
 
 
 def check_run(run: RunConfig, world_size: int) -> None:
-    """Check settings against ranks, model and files. Raises UserError with the first thing that does not fit."""
+    """Check settings against ranks, model and files. Raises UserError with the first thing that does not fit.
+
+    With layouts "auto" what depends on them is left out: they are checked once they are chosen.
+    """
     shape = model_shape(read_hf_config(run.model))
     check_fit(run, shape, world_size)
-    # Pools given in blocks must hold a request on any machine; what memory allows is checked on the device.
-    size_pools(run, shape, device_bytes=1 << 50)
+    if not run.has_auto_layouts:
+        # Pools given in blocks must hold a request on any machine; what memory allows is checked on the device.
+        size_pools(run, shape, device_bytes=1 << 50)
     try:
         Path(run.input).open("rb").close()
     except OSError as error:
         raise UserError(f"input={run.input!r}: cannot be read ({error.strerror})") from None
     if run.load_format == "auto":
         if is_cells_folder(run.model):
-            check_cells(run.model, shape, run.layout_pair.cells_per_layer)
+            check_cells(run.model, shape, 1 if run.has_auto_layouts else run.layout_pair.cells_per_layer)
         else:
             check_checkpoint(run.model, shape)
 

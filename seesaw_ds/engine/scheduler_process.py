@@ -71,11 +71,11 @@ class SchedulerProcess:
         poller.register(self._results, zmq.POLLIN)
         poller.register(self._frontend, zmq.POLLIN)
         while self._workers_gone < len(self._commands):
-            self._receive(poller)
             if self._finish_deadline is None:
                 self._work()
             elif time.monotonic() > self._finish_deadline:
                 break
+            self._receive(poller)
         self._to_frontend(wire.SchedulerBye())
         self._context.destroy(linger=5000)
 
@@ -89,19 +89,21 @@ class SchedulerProcess:
         num_gpu_blocks = min(message.num_gpu_blocks for message in ready)
         limits = SchedulerLimits(
             block_size=self._config.kv_block_size,
-            num_prefill_blocks=first.num_prefill_blocks,
             num_gpu_blocks=num_gpu_blocks,
             num_host_blocks=first.num_host_blocks,
             max_num_seqs=self._config.max_num_seqs,
             max_num_batched_tokens=self._config.max_num_batched_tokens,
             prefill_stages=self._layouts.prefill.pp,
             decode_stages=self._layouts.decode.pp,
+            mixes_steps=self._config.mixed_steps,
+            is_static=self._layouts.is_static,
         )
         shape = model_shape(read_hf_config(self._config.model))
         # Where a token's attention costs as much as its share of the matrices.
         pairs_per_token = max(1, shape.layer_parameters // (2 * shape.num_heads * shape.head_dim))
-        self._core = EngineCore(Scheduler(limits, pairs_per_token), len(self._commands), self._to_workers)
-        self._to_frontend(wire.SchedulerReady(first.num_prefill_blocks, num_gpu_blocks, first.num_host_blocks))
+        scheduler = Scheduler(limits, pairs_per_token, self._config.expected_output_tokens)
+        self._core = EngineCore(scheduler, len(self._commands), self._to_workers)
+        self._to_frontend(wire.SchedulerReady(num_gpu_blocks, first.num_host_blocks))
 
     def _receive(self, poller: zmq.Poller) -> None:
         """Wait for messages, then take all that have come."""
@@ -188,6 +190,7 @@ class SchedulerProcess:
                 host_blocks_total=stats.num_host_blocks,
                 num_evictions=stats.num_evictions,
                 num_decode_steps=core.num_decode_steps,
+                num_decode_rows=core.num_decode_rows,
                 prompt_tokens=core.num_prompt_tokens,
                 output_tokens=core.num_output_tokens,
             )

@@ -1,4 +1,4 @@
-"""The paged KV pool of one rank on its device, for one phase's shard."""
+"""The paged KV pool of one rank on its device: one memory, seen in either phase's layout."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from seesaw_ds.layout import Shard
 
 
 class DeviceKVPool:
-    """`num_blocks` blocks of the layers and heads in `shard`.
+    """`num_blocks` blocks of the layers and heads in `shard`, over `memory` of `allocate_kv`.
 
-    `tensor` is (num_blocks, num_local_layers, 2, num_local_kv_heads, block_size, head_dim), contiguous: all of a
-    block's KV is one run, so that it can be swapped in one copy. It starts as zeros, since attention may read (and
-    mask) slots of a block that no token was written to.
+    `tensor` is (num_blocks, num_local_layers, 2, num_local_kv_heads, block_size, head_dim). All of a block's KV is one
+    run, so that it can be swapped in one copy; where the other phase's shard is larger, the run has a rest that this
+    one does not use.
     """
 
-    def __init__(
-        self,
-        shard: Shard,
-        num_blocks: int,
-        block_size: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, memory: torch.Tensor, shard: Shard, block_size: int, head_dim: int) -> None:
         self.shard = shard
-        self.num_blocks = num_blocks
+        self.num_blocks = memory.shape[0]
         self.block_size = block_size
-        shape = (num_blocks, shard.layers.size, 2, shard.kv_heads.size, block_size, head_dim)
-        self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (shard.layers.size, 2, shard.kv_heads.size, block_size, head_dim)
+        self.tensor = memory[:, : block_numel(shard, block_size, head_dim)].unflatten(1, shape)
 
     def layer(self, local_layer: int) -> torch.Tensor:
         """The view (num_blocks, 2, num_local_kv_heads, block_size, head_dim) of one of this rank's layers."""
         return self.tensor[:, local_layer]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all blocks."""
-        return self.tensor.nbytes
+
+def block_numel(shard: Shard, block_size: int, head_dim: int) -> int:
+    """Elements of one block in `shard`."""
+    return shard.layers.size * 2 * shard.kv_heads.size * block_size * head_dim
+
+
+def allocate_kv(num_blocks: int, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory of `num_blocks` blocks of `numel` elements.
+
+    It starts as zeros, since attention may read (and mask) slots of a block that no token was written to.
+    """
+    return torch.zeros((num_blocks, numel), dtype=dtype, device=device)

@@ -69,6 +69,12 @@ class CopyEngine:
         """
         self._jobs.put(_Job(copy, after, on_done))
 
+    def drain(self) -> None:
+        """Wait until every copy submitted so far is complete."""
+        is_done = threading.Event()
+        self.submit(lambda: 0, after=None, on_done=is_done.set)
+        is_done.wait()
+
     def close(self) -> None:
         """Finish the queued copies and end the thread."""
         self._jobs.put(None)
@@ -109,6 +115,6 @@ class CopyEngine:
             copy.end_event.synchronize()
             end_seconds = time.perf_counter()
             start_seconds = end_seconds - copy.start_event.elapsed_time(copy.end_event) / 1000
-        if self._record is not None:
+        if self._record is not None and copy.nbytes:
             self._record(self._name, start_seconds, end_seconds, copy.nbytes)
         copy.on_done()

@@ -74,7 +74,10 @@ class CudaBackends:
         heads = (self.shape.num_heads // tp, self.shape.num_kv_heads // tp, self.shape.head_dim)
         rules = _rules(self.shape)
         if phase is Phase.PREFILL:
-            return tuple(FlashInferPrefill(rule, *heads, self.block_size, self.dtype, self.device) for rule in rules)
+            return tuple(
+                FlashInferPrefill(rule, *heads, self.block_size, max_num_seqs, self.dtype, self.device)
+                for rule in rules
+            )
         sizes = (self.block_size, max_num_seqs, max_num_blocks)
         return tuple(FlashInferDecode(rule, *heads, *sizes, self.dtype, self.device) for rule in rules)
 
@@ -82,8 +85,8 @@ class CudaBackends:
 class Backends(Protocol):
     """`ops` for every layer, and for each phase an attention backend for each of the shape's attention kinds.
 
-    `has_graphs`: decode steps may be captured as CUDA graphs. A decode backend is made for at most `max_num_seqs`
-    sequences whose tables hold at most `max_num_blocks` blocks together.
+    `has_graphs`: decode steps may be captured as CUDA graphs. A backend is made for at most `max_num_seqs` sequences
+    that decode in a step; that of the decode phase for tables of at most `max_num_blocks` blocks together.
     """
 
     @property

@@ -33,13 +33,15 @@ def load_arena(
     Together the ranks of a replica own every cell in the prefill phase, so the shared copy ends up whole.
     `on_progress` gets (cells done, cells in all).
     """
-    placement = plan.placement[Phase.PREFILL][replica_rank]
-    for done, ((layer, cell), slot) in enumerate(sorted(placement.items()), start=1):
-        for name, tensor in source.cell(layer, cell, plan.layouts.cells_per_layer).items():
-            arena.cell(name, slot).copy_(tensor)
-            if host is not None:
-                host.store(layer, cell, name, tensor)
-        on_progress(done, len(placement))
+    cells = {
+        cell: {spec.name: arena.cell(spec.name, slot) for spec in arena.cell_tensors}
+        for cell, slot in sorted(plan.placement[Phase.PREFILL][replica_rank].items())
+    }
+    source.load(cells, plan.layouts.cells_per_layer, on_progress)
+    if host is not None:
+        for (layer, cell), matrices in cells.items():
+            for name, matrix in matrices.items():
+                host.store(layer, cell, name, matrix)
 
 
 def build_stages(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from seesaw_ds.requests import TokenLogprobs
 
@@ -26,6 +27,20 @@ class RowLogprobs:
     top_ids: Tensor
     top: Tensor
 
+    def shifted(self, num_rows: int) -> RowLogprobs:
+        """The same, of rows that come `num_rows` later."""
+        return replace(self, rows=tuple(row + num_rows for row in self.rows))
+
+    def joined(self, other: RowLogprobs) -> RowLogprobs:
+        """The rows of both, these first."""
+        width = max(self.top.shape[1], other.top.shape[1])
+        top_ids, top = (
+            torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])
+            for parts in ((self.top_ids, other.top_ids), (self.top, other.top))
+        )
+        chosen = torch.cat((self.chosen, other.chosen))
+        return RowLogprobs(self.rows + other.rows, self.num_top + other.num_top, chosen, top_ids, top)
+
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
@@ -33,6 +48,15 @@ class SampledTokens:
 
     token_ids: Tensor
     logprobs: RowLogprobs | None = None
+
+    def joined(self, other: SampledTokens) -> SampledTokens:
+        """The rows of both, these first."""
+        num_rows = self.token_ids.shape[0]
+        token_ids = torch.cat((self.token_ids, other.token_ids))
+        if other.logprobs is None:
+            return SampledTokens(token_ids, self.logprobs)
+        shifted = other.logprobs.shifted(num_rows)
+        return SampledTokens(token_ids, shifted if self.logprobs is None else self.logprobs.joined(shifted))
 
     def pack(self) -> Tensor:
         """Everything in one 1-D int64 device tensor, so that the host needs a single copy."""

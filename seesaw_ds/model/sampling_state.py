@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from seesaw_ds.model.sampling_rng import seed_as_int64
 from seesaw_ds.requests import SamplingParams
@@ -224,6 +226,16 @@ class SamplingState:
     def count_tokens(self, slots: Tensor, token_ids: Tensor) -> None:
         """Add one output token to each of `slots`, which have penalties and are all different."""
         self._output_counts[slots, token_ids] += 1
+
+    def share_history(self, src: int, group: ProcessGroup) -> None:
+        """Take the output counts of rank `src`, which sampled last. All of `group` call it, with the same slots set."""
+        self._flush()
+        slots = [slot for slot, entry in self._slots.items() if entry.params.needs_token_history]
+        if slots:
+            index = self._to_device(sorted(slots), torch.int64)
+            counts = self._output_counts[index]
+            dist.broadcast(counts, src, group=group)
+            self._output_counts[index] = counts
 
     def _flush(self) -> None:
         if not self._unwritten:

@@ -14,18 +14,25 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate, groupby
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 
+from seesaw_ds.checkpoint.reading import Piece, read_groups, read_rows, read_whole, row_pieces, transposed_pieces
+from seesaw_ds.checkpoint.tensor_files import read_index
 from seesaw_ds.layout import Range, split_evenly
 from seesaw_ds.model.checkpoint import TensorEntry
 from seesaw_ds.model.tensors import EMBEDDING, HEAD, projections, replicated_tensors
-from seesaw_ds.reshard.plan import CellTensor
+from seesaw_ds.reshard.plan import CellId, CellTensor
 from seesaw_ds.shapes import ModelShape
+
+CellMatrices = Mapping[CellId, Mapping[str, torch.Tensor]]
+"""The matrices of cells by `CellTensor` name, each (rows, hidden) and contiguous."""
+
+TRANSPOSED = ("o", "down")
+"""The projections that a cell holds as (in, out)."""
 
 
 def cell_tensors(shape: ModelShape, num_cells: int) -> tuple[CellTensor, ...]:
@@ -41,94 +48,104 @@ def cell_tensors(shape: ModelShape, num_cells: int) -> tuple[CellTensor, ...]:
 
 
 class WeightSource(Protocol):
-    """Reads parts of a model; every result is a new CPU or device tensor in the run's dtype."""
+    """Reads parts of a model in the run's dtype."""
 
-    def cell(self, layer: int, cell: int, num_cells: int) -> dict[str, torch.Tensor]:
-        """The matrices of one cell by `CellTensor` name, each (rows, hidden)."""
+    def load(self, cells: CellMatrices, num_cells: int, on_progress: Callable[[int, int], None]) -> None:
+        """Fill the matrices of cells of `num_cells` per layer; all are on one device.
+
+        `on_progress` gets (cells done, cells in all).
+        """
 
     def embedding(self, rows: Range) -> torch.Tensor:
-        """Rows of the token embedding, (rows, hidden)."""
+        """Rows of the token embedding, (rows, hidden), as a new CPU or device tensor."""
 
     def head(self, rows: Range) -> torch.Tensor:
-        """Rows of the LM head, (rows, hidden); the embedding's when they are tied."""
+        """Rows of the LM head, (rows, hidden), as a new tensor; the embedding's when they are tied."""
 
     def replicated(self, name: str) -> torch.Tensor:
-        """A tensor that every rank keeps whole, by its name in `replicated_tensors`."""
+        """A new tensor of what every rank keeps whole, by its name in `replicated_tensors`."""
 
 
-def _assemble_cell(
-    shape: ModelShape,
-    cell: int,
-    num_cells: int,
-    read_rows: Callable[[str, Range], torch.Tensor],
-    read_columns: Callable[[str, Range], torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """One cell from what reads ranges of a layer's `projections` by name: rows, or columns as rows (in, out)."""
-    kv_heads = split_evenly(shape.num_kv_heads, num_cells)[cell]
-    ffn = split_evenly(shape.intermediate_size, num_cells)[cell]
-    kv_rows = Range(kv_heads.start * shape.head_dim, kv_heads.stop * shape.head_dim)
-    q_rows = Range(kv_rows.start * shape.queries_per_kv_head, kv_rows.stop * shape.queries_per_kv_head)
-    q, k, v = (
-        read_rows(name, rows).view(kv_heads.size, -1, shape.hidden_size)
-        for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows))
-    )
-    experts = range(max(1, shape.num_experts))
-    return {
-        "qkv": torch.cat((q, k, v), dim=1).flatten(0, 1),
-        "o": read_columns("o", q_rows),
-        "gate_up": torch.cat([read_rows(f"{name}.{expert}", ffn) for expert in experts for name in ("gate", "up")]),
-        "down": torch.cat([read_columns(f"down.{expert}", ffn) for expert in experts]),
-    }
+def projection_targets(shape: ModelShape, matrices: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Where a cell's share of each of `projections` goes: views (groups, rows, hidden) of the cell's matrices.
+
+    The share's rows fill one group after the other. Of TRANSPOSED projections the rows are columns in a checkpoint.
+    """
+    head_dim, hidden = shape.head_dim, shape.hidden_size
+    parts = (shape.queries_per_kv_head * head_dim, head_dim, head_dim)
+    by_kv_head = matrices["qkv"].view(-1, sum(parts), hidden)
+    targets = dict(zip(("q", "k", "v"), by_kv_head.split(parts, dim=1), strict=True))
+    targets["o"] = matrices["o"].unsqueeze(0)
+    num_experts = max(1, shape.num_experts)
+    gate_up = matrices["gate_up"].view(num_experts, 2, 1, -1, hidden)
+    down = matrices["down"].view(num_experts, 1, -1, hidden)
+    for expert in range(num_experts):
+        targets[f"gate.{expert}"], targets[f"up.{expert}"] = gate_up[expert]
+        targets[f"down.{expert}"] = down[expert]
+    return targets
 
 
 class SafetensorsSource:
-    """Slices of a Hugging Face checkpoint, read from memory-mapped files; no large tensor is read whole."""
+    """A Hugging Face checkpoint, of which a rank reads its own rows and columns and nothing else."""
 
     def __init__(self, shape: ModelShape, entries: dict[str, TensorEntry], dtype: torch.dtype) -> None:
         self._shape = shape
-        self._entries = entries
+        self._stored = read_index(sorted({entry.path for entry in entries.values()}))
         self._dtype = dtype
         self._replicated = replicated_tensors(shape)
-        self._files: dict[Path, safe_open] = {}
 
-    def cell(self, layer: int, cell: int, num_cells: int) -> dict[str, torch.Tensor]:
-        places = projections(self._shape, layer)
+    def load(self, cells: CellMatrices, num_cells: int, on_progress: Callable[[int, int], None]) -> None:
+        """Fill the matrices of cells of `num_cells` per layer; all are on one device."""
+        by_layer = groupby(sorted(cells), lambda cell: cell.layer)
+        layers = [{cell: cells[cell] for cell in layer} for _, layer in by_layer]
+        ends = list(accumulate(map(len, layers)))
+        read_groups(
+            (self.pieces(layer, num_cells) for layer in layers),
+            lambda done, _: on_progress(ends[done - 1], len(cells)),
+        )
 
-        def rows(name: str, wanted: Range) -> torch.Tensor:
-            place = places[name]
-            return self._rows(place.tensor, Range(place.first_row + wanted.start, place.first_row + wanted.stop))
-
-        def columns(name: str, wanted: Range) -> torch.Tensor:
-            part = self._slice(places[name].tensor)[:, wanted.start : wanted.stop]
-            return part.to(self._dtype).t().contiguous()
-
-        return _assemble_cell(self._shape, cell, num_cells, rows, columns)
+    def pieces(self, cells: CellMatrices, num_cells: int) -> Iterator[Piece]:
+        """What to read for some cells of `num_cells` of one layer; neighbours are read together where they can be."""
+        (layer,) = {cell.layer for cell in cells}
+        targets = {cell.cell: projection_targets(self._shape, matrices) for cell, matrices in cells.items()}
+        for name, place in projections(self._shape, layer).items():
+            stored = self._stored[place.tensor]
+            if name.partition(".")[0] in TRANSPOSED:
+                shares = split_evenly(place.columns, num_cells)
+                for run in _runs(sorted(targets)):
+                    columns = [targets[cell][name].squeeze(0) for cell in run]
+                    yield from transposed_pieces(stored, shares[run[0]].start, columns)
+                continue
+            for cell, share in enumerate(split_evenly(place.rows, num_cells)):
+                if cell in targets:
+                    yield from row_pieces(stored, place.first_row + share.start, targets[cell][name])
 
     def embedding(self, rows: Range) -> torch.Tensor:
-        return self._rows(EMBEDDING, rows)
+        """Rows of the token embedding, (rows, hidden)."""
+        return read_rows(self._stored[EMBEDDING], rows, self._dtype)
 
     def head(self, rows: Range) -> torch.Tensor:
-        return self.embedding(rows) if self._shape.tie_word_embeddings else self._rows(HEAD, rows)
+        """Rows of the LM head, (rows, hidden); the embedding's when they are tied."""
+        return read_rows(self._stored[EMBEDDING if self._shape.tie_word_embeddings else HEAD], rows, self._dtype)
 
     def replicated(self, name: str) -> torch.Tensor:
-        parts = [self._rows(tensor, Range(0, size[0])) for tensor, size in self._replicated[name].tensors.items()]
+        """A tensor that every rank keeps whole, by its name in `replicated_tensors`."""
+        parts = [read_whole(self._stored[tensor], self._dtype) for tensor in self._replicated[name].tensors]
         if len(parts) == 1:
             return parts[0]
         by_kv_head = [part.view(self._shape.num_kv_heads, -1) for part in parts]
         return torch.cat(by_kv_head, dim=1).flatten()
 
-    def _rows(self, name: str, rows: Range) -> torch.Tensor:
-        return self._slice(name)[rows.start : rows.stop].to(self._dtype)
 
-    def _slice(self, name: str) -> torch.Tensor:
-        path = self._entries[name].path
-        if path not in self._files:
-            self._files[path] = safe_open(path, framework="pt")
-        return self._files[path].get_slice(name)
-
-    def close(self) -> None:
-        """Unmap the files."""
-        self._files.clear()
+def _runs(cells: Sequence[int]) -> list[list[int]]:
+    """Ascending numbers as runs of neighbours."""
+    runs: list[list[int]] = []
+    for cell in cells:
+        if runs and runs[-1][-1] == cell - 1:
+            runs[-1].append(cell)
+        else:
+            runs.append([cell])
+    return runs
 
 
 class DummySource:
@@ -144,16 +161,17 @@ class DummySource:
         self._seed = seed
         self._replicated = replicated_tensors(shape)
 
-    def cell(self, layer: int, cell: int, num_cells: int) -> dict[str, torch.Tensor]:
+    def load(self, cells: CellMatrices, num_cells: int, on_progress: Callable[[int, int], None]) -> None:
+        """Fill the matrices of cells of `num_cells` per layer."""
         # The finest cut that any layout can ask for, so that its parts make up every coarser one.
         num_units = math.gcd(self._shape.num_kv_heads, self._shape.intermediate_size)
-        units = split_evenly(num_units, num_cells)[cell]
-
-        def read(name: str, wanted: Range) -> torch.Tensor:
-            unit_rows = wanted.size // units.size
-            return torch.cat([self._normal(f"{layer}.{name}.{unit}", unit_rows) for unit in units.indices()])
-
-        return _assemble_cell(self._shape, cell, num_cells, read, read)
+        for done, ((layer, cell), matrices) in enumerate(cells.items(), start=1):
+            units = split_evenly(num_units, num_cells)[cell]
+            for name, target in projection_targets(self._shape, matrices).items():
+                unit_rows = target.shape[0] * target.shape[1] // units.size
+                rows = torch.cat([self._normal(f"{layer}.{name}.{unit}", unit_rows) for unit in units.indices()])
+                target.copy_(rows.view(target.shape))
+            on_progress(done, len(cells))
 
     def embedding(self, rows: Range) -> torch.Tensor:
         return self._table("embedding", rows)

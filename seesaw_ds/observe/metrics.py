@@ -57,6 +57,7 @@ class ReplicaMetrics:
     num_transitions: int = 0
     num_evictions: int = 0
     num_decode_steps: int = 0
+    num_decode_rows: int = 0
     host_blocks_used: int = 0
     host_blocks_total: int = 0
 
@@ -142,9 +143,13 @@ class RunMetrics:
         """The evictions of a replica since the start."""
         self.replicas[replica].num_evictions = num_evictions
 
-    def set_decode_steps(self, replica: int, num_decode_steps: int) -> None:
-        """The decode steps of a replica since the start; each pipeline group's counts as one."""
-        self.replicas[replica].num_decode_steps = num_decode_steps
+    def set_decode_steps(self, replica: int, num_steps: int, num_rows: int) -> None:
+        """A replica's decode steps since the start, each pipeline group's counted as one, and their rows.
+
+        What rode in micro-batches of prefill is not in them.
+        """
+        self.replicas[replica].num_decode_steps = num_steps
+        self.replicas[replica].num_decode_rows = num_rows
 
     def set_rank(self, rank: int, counters: RankCounters) -> None:
         """The latest totals of a worker."""
@@ -177,6 +182,10 @@ class RunMetrics:
     @property
     def num_decode_steps(self) -> int:
         return sum(state.num_decode_steps for state in self.replicas)
+
+    @property
+    def num_decode_rows(self) -> int:
+        return sum(state.num_decode_rows for state in self.replicas)
 
     @property
     def num_evictions(self) -> int:

@@ -47,6 +47,7 @@ def summary(metrics: RunMetrics) -> dict[str, Any]:
         "transitions": metrics.num_transitions,
         "evictions": metrics.num_evictions,
         "decode_steps": metrics.num_decode_steps,
+        "decode_rows": metrics.num_decode_rows,
         "reshard": {
             "seconds": round(min((rank.reshard_seconds for rank in ranks), default=0.0), 6),
             "weight_bytes": sum(rank.weight_bytes for rank in ranks),

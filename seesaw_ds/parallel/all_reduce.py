@@ -1,15 +1,15 @@
-"""The all-reduce of tensor-parallel layers: NCCL, or one kernel over CUDA IPC for the small tensors of decode.
+"""The all-reduce of tensor-parallel layers: NCCL, or one kernel for the small tensors of decode.
 
-Sizes on two H200 with NVLink: the kernel takes 3, 6, 17 us for 128 KiB, 1 MiB, 4 MiB where NCCL takes 7.5, 14, 32; they
-meet at 32 MiB. It needs peer-to-peer access, so with NCCL_P2P_DISABLE=1 it is not used at all. It uses no NVLink
-multicast.
+Over CUDA IPC, on two H200 with NVLink, the kernel takes 3, 6, 17 us for 128 KiB, 1 MiB, 4 MiB where NCCL takes 7.5, 14,
+32; they meet at 32 MiB. It uses no NVLink multicast. It needs peer-to-peer access: where there is none, or
+NCCL_P2P_DISABLE=1 says not to use it, the kernel goes through host memory (`host_all_reduce`).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 ONE_SHOT_MAX_BYTES = 8 << 20
 _RANK_DATA_BYTES = 16 << 20
+_T = TypeVar("_T")
 
 
 class AllReduce(Protocol):
@@ -46,9 +47,10 @@ class BackendAllReduce:
 
 
 class OneShotAllReduce:
-    """Every rank reads all ranks' tensors in one kernel. Inside CUDA graphs; elsewhere and for large tensors, NCCL.
+    """Every rank reads all ranks' tensors in one kernel; large tensors go through NCCL.
 
-    A graph's inputs keep their addresses, so their IPC handles are exchanged once, after the capture.
+    A graph's inputs keep their addresses, so their IPC handles are exchanged once, after the capture. Outside of
+    graphs a tensor is copied first, to a buffer that the other ranks know.
     """
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
@@ -60,29 +62,49 @@ class OneShotAllReduce:
         self._signals = comm.create_shared_buffer(comm.vllm_meta_size() + ONE_SHOT_MAX_BYTES, group)
         self._rank_data = torch.empty(_RANK_DATA_BYTES, dtype=torch.uint8, device=device)
         self._handle = comm.vllm_init_custom_ar(self._signals, self._rank_data, group.rank(), True)
+        buffers = comm.create_shared_buffer(ONE_SHOT_MAX_BYTES, group)
+        comm.vllm_register_buffer(self._handle, buffers)
+        self._buffer = buffers[group.rank()]
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         num_bytes = tensor.numel() * tensor.element_size()
-        if not torch.cuda.is_current_stream_capturing() or num_bytes > ONE_SHOT_MAX_BYTES or num_bytes % 16:
+        if num_bytes > ONE_SHOT_MAX_BYTES or num_bytes % 16:
             return self._fallback(tensor)
         result = torch.empty_like(tensor)
-        self._comm.vllm_all_reduce(self._handle, tensor, result, 0, 0, 36)
+        buffer, buffer_bytes = (
+            (0, 0) if torch.cuda.is_current_stream_capturing() else (self._buffer, ONE_SHOT_MAX_BYTES)
+        )
+        self._comm.vllm_all_reduce(self._handle, tensor, result, buffer, buffer_bytes, 36)
         return result
 
     def after_capture(self) -> None:
         handle, offsets = self._comm.vllm_get_graph_buffer_ipc_meta(self._handle)
-        gathered: list[tuple[list[int], list[int]]] = [([], [])] * self._group.size()
-        dist.all_gather_object(gathered, (handle, offsets), group=self._group)
+        gathered = _gather((handle, offsets), self._group)
         self._comm.vllm_register_graph_buffers(self._handle, [h for h, _ in gathered], [o for _, o in gathered])
 
 
 def choose_all_reduce(group: ProcessGroup, device: torch.device, has_graphs: bool) -> AllReduce:
-    """The fastest all-reduce that this group's devices allow. Collective: every rank of `group` calls it."""
-    if not has_graphs or group.size() not in (2, 4, 6, 8) or os.environ.get("NCCL_P2P_DISABLE") == "1":
+    """The fastest all-reduce that this group's devices allow. Collective: every rank of `group` calls it, once."""
+    if not has_graphs or group.size() not in (2, 4, 6, 8):
         return BackendAllReduce(group)
-    peers: list[int] = [0] * group.size()
-    dist.all_gather_object(peers, device.index, group=group)
-    others = [peer for peer in peers if peer != device.index]
-    if len(others) < group.size() - 1 or not all(torch.cuda.can_device_access_peer(device.index, p) for p in others):
+    places = _gather((os.uname().nodename, device.index), group)
+    if len({node for node, _ in places}) > 1 or len(set(places)) < len(places):
         return BackendAllReduce(group)
-    return OneShotAllReduce(group, device)
+    others = [peer for _, peer in places if peer != device.index]
+    has_access = all(torch.cuda.can_device_access_peer(device.index, peer) for peer in others)
+    if all(_gather(has_access and os.environ.get("NCCL_P2P_DISABLE") != "1", group)):
+        return OneShotAllReduce(group, device)
+    return _host_staged(group, device)
+
+
+def _host_staged(group: ProcessGroup, device: torch.device) -> AllReduce:
+    from seesaw_ds.parallel.host_all_reduce import HostStagedAllReduce, share_mapping
+
+    mapping = share_mapping(f"all-reduce-{dist.get_process_group_ranks(group)[0]}", group)
+    return HostStagedAllReduce(group, device, mapping)
+
+
+def _gather(value: _T, group: ProcessGroup) -> list[_T]:
+    values = [value] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values

@@ -70,6 +70,11 @@ class ParallelState:
     def __getitem__(self, phase: Phase) -> PhaseGroups:
         return self._groups[phase]
 
+    def sampling_rank(self, phase: Phase) -> int:
+        """The rank of this replica that speaks for the tokens of `phase`: the first of the last stage."""
+        layout = self._groups[phase].layout
+        return self.replica_ranks[layout.tp * (layout.pp - 1)]
+
     def activate(self, phase: Phase) -> PhaseGroups:
         """Make `phase` current in Megatron-core, and return its groups."""
         for name, value in self._saved[phase].items():

@@ -3,20 +3,29 @@
 Prefill is full micro-batches through the slowest stage, without filling or draining the pipeline. Decode runs at the
 largest batch that the GPU pool, the slots and the input allow from its first step to its last. Transitions are as few
 as the two pools allow. Copies are free.
+
+With mixed steps as many decode rows as are on the GPU ride in every micro-batch. They cost what they add to it: in
+compute-bound micro-batches their share of the matrices and the reading of their KV, but no reading of weights. The rest
+is decoded in the decode layout. The longest output's steps take their time one after the other in either layout.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from seesaw_ds.layout import LayoutPair
+from seesaw_ds.layout import LayoutPair, Phase
 from seesaw_ds.plan.cost import CostModel, StepWork
 from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.transfers import reshard_seconds
 from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.sched.output import SchedulerLimits
 from seesaw_ds.shapes import ModelShape
+
+# As the scheduler cuts micro-batches: none is smaller for want of work, and rows leave prompts one part in so many.
+_LEAST_MICRO_BATCH_TOKENS = 256
+_LEAST_PROMPT_SHARE = 4
 
 
 class InputTotals(NamedTuple):
@@ -70,43 +79,103 @@ def bound_seconds(
     weight_reshard: str,
 ) -> SecondsByPart:
     """The closed form for the whole input, which `pair.dp` replicas share evenly."""
-    reshard = reshard_seconds(shape, pair, hardware, dtype, weight_reshard)
-    prompt_blocks = totals.input_tokens // limits.block_size // pair.dp
-    num_cycles = max(1, prompt_blocks // (limits.num_host_blocks + limits.num_gpu_blocks))
-    transition = reshard.to_decode * num_cycles + reshard.to_prefill * (num_cycles - 1)
-    return SecondsByPart(
-        _prefill_bound(CostModel(shape, hardware, pair.prefill, dtype), limits, totals),
-        _decode_bound(CostModel(shape, hardware, pair.decode, dtype), limits, totals),
-        transition if totals.output_tokens > totals.num_requests else 0.0,
+    reshard = reshard_seconds(shape, pair, hardware, dtype, weight_reshard, limits.block_size)
+    prefill = CostModel(shape, hardware, pair.prefill, dtype)
+    decode = CostModel(shape, hardware, pair.decode, dtype)
+    work = _Work.of(totals, pair.dp)
+    if work.num_rows == 0:
+        return SecondsByPart(_prefill_seconds(prefill, limits, work, 0), 0.0, 0.0)
+    batch = _largest_batch(limits, work)
+    row_seconds = _row_seconds(decode, work, batch)
+    alone = _alone_seconds(decode, totals) * (totals.longest_output - 1)
+    if not limits.mixes_steps:
+        blocks = work.input_tokens // limits.block_size
+        num_cycles = max(1, int(blocks // (limits.num_host_blocks + limits.num_gpu_blocks)))
+        transition = reshard.to(Phase.DECODE) * num_cycles + reshard.to(Phase.PREFILL) * (num_cycles - 1)
+        seconds = _prefill_seconds(prefill, limits, work, 0)
+        return SecondsByPart(seconds, max(work.num_rows * row_seconds, alone), transition)
+    most = _most_riding_rows(limits, work, batch / pair.prefill.pp)
+    splits = []
+    for riding in (0.0, most / 2, most):
+        splits.append((_prefill_seconds(prefill, limits, work, riding), (work.num_rows - riding) * row_seconds))
+    seconds, rest = min(splits, key=sum)
+    alone = min(alone, _alone_seconds(prefill, totals) * (totals.longest_output - 1))
+    return SecondsByPart(seconds, max(rest, alone - seconds), reshard.to(Phase.DECODE))
+
+
+class _Work(NamedTuple):
+    """One replica's even share of the input. `num_rows` are all tokens after the first ones, in one row each."""
+
+    num_requests: float
+    input_tokens: float
+    attention_pairs: float
+    num_rows: float
+    mean_context: float
+
+    @classmethod
+    def of(cls, totals: InputTotals, dp: int) -> _Work:
+        num_rows = totals.output_tokens - totals.num_requests
+        return cls(
+            totals.num_requests / dp,
+            totals.input_tokens / dp,
+            totals.attention_pairs / dp,
+            num_rows / dp,
+            totals.decode_context / num_rows if num_rows else 0.0,
+        )
+
+
+def _largest_batch(limits: SchedulerLimits, work: _Work) -> float:
+    """The most sequences that decode at once."""
+    room = limits.num_gpu_blocks * limits.block_size / work.mean_context
+    return max(1.0, min(room, limits.max_num_seqs, -(-work.num_requests // 1)))
+
+
+def _prompt_tokens(limits: SchedulerLimits, work: _Work) -> float:
+    """Tokens of a micro-batch without rows: a phase with little work has smaller ones, as the scheduler cuts them."""
+    if limits.prefill_stages == 1:
+        return float(limits.max_num_batched_tokens)
+    best = math.sqrt(work.input_tokens * _LEAST_MICRO_BATCH_TOKENS / (limits.prefill_stages - 1))
+    return min(limits.max_num_batched_tokens, max(_LEAST_MICRO_BATCH_TOKENS, best / 2))
+
+
+def _most_riding_rows(limits: SchedulerLimits, work: _Work, group: float) -> float:
+    """Rows that ride when each micro-batch has a whole group of `group` rows and prompts fill the rest of it."""
+    num_tokens = _prompt_tokens(limits, work)
+    prompt_tokens = max(num_tokens - group, num_tokens / _LEAST_PROMPT_SHARE)
+    return min(work.num_rows, (work.input_tokens / prompt_tokens + limits.prefill_stages) * group)
+
+
+def _prefill_seconds(cost: CostModel, limits: SchedulerLimits, work: _Work, riding: float) -> float:
+    """All prompts and `riding` rows through the slowest stage, in equal micro-batches of the best size allowed."""
+    sizes = [limits.max_num_batched_tokens]
+    while sizes[-1] >= 2 * _LEAST_MICRO_BATCH_TOKENS:
+        sizes.append(sizes[-1] // 2)
+    return min(_seconds_in_batches(cost, size, work, riding) for size in sizes)
+
+
+def _seconds_in_batches(cost: CostModel, size: int, work: _Work, riding: float) -> float:
+    num_tokens = work.input_tokens + riding
+    num_batches = max(1.0, min(num_tokens / size, work.input_tokens * _LEAST_PROMPT_SHARE / size))
+    step = StepWork(
+        num_tokens=int(num_tokens / num_batches),
+        prefill_pairs=int(work.attention_pairs / num_batches),
+        decode_context=int(riding * work.mean_context / num_batches),
+        num_rows=int((work.num_requests + riding) / num_batches),
     )
+    return num_batches * max(cost.stage_seconds(step))
 
 
-def _prefill_bound(cost: CostModel, limits: SchedulerLimits, totals: InputTotals) -> float:
-    dp = cost.layout.dp
-    tokens = totals.input_tokens / dp
-    num_batches = max(1.0, tokens / limits.max_num_batched_tokens)
-    work = StepWork(
-        num_tokens=int(tokens / num_batches),
-        prefill_pairs=int(totals.attention_pairs / dp / num_batches),
-        num_rows=int(totals.num_requests / dp / num_batches),
-    )
-    return num_batches * max(cost.stage_seconds(work))
+def _row_seconds(cost: CostModel, work: _Work, batch: float) -> float:
+    """Seconds of one row, in a step of its own with as many others as there can be."""
+    num_stages = cost.layout.pp
+    rows = max(1.0, batch / num_stages)
+    step = StepWork(num_tokens=int(rows + 0.999), decode_context=int(rows * work.mean_context), num_rows=int(rows))
+    stages = cost.stage_seconds(step)
+    latency = sum(stages) + (num_stages - 1) * cost.send_seconds(int(rows)) + cost.sample_seconds()
+    return max(max(stages), latency / num_stages) / rows
 
 
-def _decode_bound(cost: CostModel, limits: SchedulerLimits, totals: InputTotals) -> float:
-    """The larger of the stages' work at full batch and of the longest output's steps, one after the other."""
-    layout = cost.layout
-    num_rows = (totals.output_tokens - totals.num_requests) / layout.dp
-    if num_rows == 0:
-        return 0.0
-    mean_context = totals.decode_context / (totals.output_tokens - totals.num_requests)
-    room = limits.num_gpu_blocks * limits.block_size / mean_context
-    batch = min(room, limits.max_num_seqs, -(-totals.num_requests // layout.dp)) / layout.pp
-    batch = max(1.0, batch)
-    work = StepWork(num_tokens=int(batch + 0.999), decode_context=int(batch * mean_context), num_rows=int(batch))
-    stages = cost.stage_seconds(work)
-    latency = sum(stages) + (layout.pp - 1) * cost.send_seconds(int(batch)) + cost.sample_seconds()
-    at_full_batch = num_rows / batch * max(max(stages), latency / layout.pp)
-    alone = StepWork(num_tokens=1, decode_context=totals.shortest_input, num_rows=1)
-    one_step = sum(cost.stage_seconds(alone)) + cost.sample_seconds()
-    return max(at_full_batch, (totals.longest_output - 1) * one_step)
+def _alone_seconds(cost: CostModel, totals: InputTotals) -> float:
+    """One step of one sequence."""
+    step = StepWork(num_tokens=1, decode_context=totals.shortest_input, num_rows=1)
+    return sum(cost.stage_seconds(step)) + cost.sample_seconds()

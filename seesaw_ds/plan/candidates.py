@@ -14,8 +14,11 @@ from seesaw_ds.plan.memory import PoolSizes, size_pools
 from seesaw_ds.sched.output import SchedulerLimits
 from seesaw_ds.shapes import DTYPE_BYTES, ModelShape
 
-MICRO_BATCH_TOKENS = (1024, 2048, 4096, 8192)
+MICRO_BATCH_TOKENS = (256, 512, 1024, 2048, 4096, 8192)
 """Micro-batch sizes that are tried; attention backends and all-reduces gain nothing from larger ones."""
+
+MOST_DEVICES_A_NODE = 16
+"""How far to look for a number of devices that would do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +37,28 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Constraints:
+    """What the machine and the checkpoint at hand rule out.
+
+    micro_batch_tokens   sizes of prefill micro-batches to try
+    host_bytes           free memory of a node, for the KV pools and copies of the weights; None: enough
+    folder_cells         cells of a layer in a checkpoint of the cells format; None: any other format
+    """
+
+    micro_batch_tokens: tuple[int, ...] = MICRO_BATCH_TOKENS
+    host_bytes: int | None = None
+    folder_cells: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Rejected:
     """Layouts that cannot run, and the rule that they break."""
 
     layouts: str
     reason: str
+
+
+_NO_CONSTRAINTS = Constraints()
 
 
 def replica_layouts(replica_size: int) -> Iterator[tuple[int, int]]:
@@ -59,8 +79,8 @@ def layout_pairs(num_devices: int, devices_per_node: int) -> Iterator[LayoutPair
                 yield LayoutPair(ParallelLayout(dp, prefill_tp, prefill_pp), ParallelLayout(dp, decode_tp, decode_pp))
 
 
-def broken_rule(shape: ModelShape, pair: LayoutPair) -> str | None:
-    """The rule of heads and layers that `pair` breaks, if any."""
+def broken_rule(shape: ModelShape, pair: LayoutPair, folder_cells: int | None = None) -> str | None:
+    """The rule of heads, layers and cells of the checkpoint that `pair` breaks, if any."""
     cells = pair.cells_per_layer
     for name, size in (
         ("num_attention_heads", shape.num_heads),
@@ -72,6 +92,8 @@ def broken_rule(shape: ModelShape, pair: LayoutPair) -> str | None:
     deepest = max(pair.prefill.pp, pair.decode.pp)
     if deepest > shape.num_layers:
         return f"{deepest} stages for num_hidden_layers={shape.num_layers}"
+    if folder_cells is not None and folder_cells % cells:
+        return f"the checkpoint's {folder_cells} cells a layer cannot make {cells}; convert it with --max-tp {cells}"
     return None
 
 
@@ -79,13 +101,14 @@ def scheduler_limits(run: RunConfig, pools: PoolSizes) -> SchedulerLimits:
     """What one replica's scheduler is bounded by."""
     return SchedulerLimits(
         block_size=run.kv_block_size,
-        num_prefill_blocks=pools.num_prefill_blocks,
         num_gpu_blocks=pools.num_gpu_blocks,
         num_host_blocks=pools.num_host_blocks,
         max_num_seqs=run.max_num_seqs,
         max_num_batched_tokens=run.max_num_batched_tokens,
         prefill_stages=run.layout_pair.prefill.pp,
         decode_stages=run.layout_pair.decode.pp,
+        mixes_steps=run.mixed_steps,
+        is_static=run.layout_pair.is_static,
     )
 
 
@@ -96,13 +119,14 @@ def find_candidates(
     num_devices: int,
     devices_per_node: int,
     totals: InputTotals,
+    constraints: Constraints = _NO_CONSTRAINTS,
 ) -> tuple[list[Candidate], list[Rejected]]:
     """Everything that fits, best bound first, and everything that does not; `run.layouts` is ignored."""
     candidates: list[Candidate] = []
     rejected: list[Rejected] = []
     for pair in layout_pairs(num_devices, devices_per_node):
-        reason = broken_rule(shape, pair)
-        fitting = [] if reason else list(_sized(run, shape, hardware, pair, totals))
+        reason = broken_rule(shape, pair, constraints.folder_cells)
+        fitting = [] if reason else list(_sized(run, shape, hardware, pair, totals, constraints))
         candidates += [item for item in fitting if isinstance(item, Candidate)]
         if reason is None and all(isinstance(item, str) for item in fitting):
             reason = str(fitting[0])
@@ -113,41 +137,96 @@ def find_candidates(
 
 
 def _sized(
-    run: RunConfig, shape: ModelShape, hardware: HardwareProfile, pair: LayoutPair, totals: InputTotals
+    run: RunConfig,
+    shape: ModelShape,
+    hardware: HardwareProfile,
+    pair: LayoutPair,
+    totals: InputTotals,
+    constraints: Constraints,
 ) -> Iterator[Candidate | str]:
     """A candidate for each micro-batch size of the pair, or why there is none."""
-    reshard = run.weight_reshard if pair.is_nested else "host"
-    for num_tokens in MICRO_BATCH_TOKENS:
-        settings = replace(run, layouts=str(pair), weight_reshard=reshard, max_num_batched_tokens=num_tokens)
+    for num_tokens in constraints.micro_batch_tokens:
+        settings = _settings(run, pair, num_tokens)
         try:
             pools = size_pools(settings, shape, hardware.memory_bytes)
         except UserError as error:
             yield str(error)
             continue
+        if (reason := _lacks_host_memory(settings, shape, pools, constraints.host_bytes)) is not None:
+            yield reason
+            continue
         limits = scheduler_limits(settings, pools)
-        bound = bound_seconds(shape, hardware, pair, limits, totals, dtype_name(run, shape), reshard)
+        dtype = dtype_name(run, shape)
+        bound = bound_seconds(shape, hardware, pair, limits, totals, dtype, settings.weight_reshard)
         yield Candidate(settings, pools, limits, bound)
 
 
+def _settings(run: RunConfig, pair: LayoutPair, num_tokens: int) -> RunConfig:
+    """The run with these layouts; cells that cannot be exchanged are reloaded."""
+    reshard = run.weight_reshard if pair.is_nested else "host"
+    return replace(run, layouts=str(pair), weight_reshard=reshard, max_num_batched_tokens=num_tokens)
+
+
+def _lacks_host_memory(run: RunConfig, shape: ModelShape, pools: PoolSizes, host_bytes: int | None) -> str | None:
+    """How much host memory the run's replicas ask for, when a node's has less."""
+    layer_bytes = shape.num_layers * shape.layer_parameters * DTYPE_BYTES[dtype_name(run, shape)]
+    weights = layer_bytes if run.weight_reshard == "host" else 0
+    needed = run.layout_pair.dp * (pools.host_bytes + weights)
+    if host_bytes is None or needed <= host_bytes:
+        return None
+    copies = f" and {weights / GIB:.1f} GiB of weights" if weights else ""
+    return (
+        f"host memory: {run.layout_pair.dp} x {pools.host_bytes / GIB:.1f} GiB of KV{copies} are asked for, "
+        f"{host_bytes / GIB:.1f} GiB are free; lower kv_offloading_size"
+    )
+
+
 def what_would_fit(
-    run: RunConfig, shape: ModelShape, hardware: HardwareProfile, num_devices: int, rejected: Sequence[Rejected]
+    run: RunConfig,
+    shape: ModelShape,
+    hardware: HardwareProfile,
+    num_devices: int,
+    rejected: Sequence[Rejected],
+    constraints: Constraints = _NO_CONSTRAINTS,
 ) -> str:
-    """What an impossible demand lacks: devices for the weights, host memory, or what the last layouts tried ask for."""
+    """What an impossible demand lacks: devices for the weights, host memory, or what the layouts tried ask for."""
     itemsize = DTYPE_BYTES[dtype_name(run, shape)]
     weights = (shape.num_layers * shape.layer_parameters + 2 * shape.vocab_size * shape.hidden_size) * itemsize
     budget = hardware.memory_bytes * run.gpu_memory_utilization
-    needed = int(-(-weights // budget))
+    enough = _enough_devices(run, shape, hardware, num_devices, constraints)
     if weights >= budget * num_devices:
+        needed = int(-(-weights // budget))
         return (
             f"the weights take {weights / GIB:.1f} GiB, and {num_devices} x {hardware.name} give "
             f"{budget * num_devices / GIB:.1f} GiB at gpu_memory_utilization={run.gpu_memory_utilization}: "
-            f"at least {needed} devices are needed for them, and room for KV besides"
+            f"at least {needed} devices are needed for them, and room for KV besides{enough}"
         )
     block_bytes = shape.kv_block_bytes(shape.num_layers, shape.num_kv_heads, run.kv_block_size, dtype_name(run, shape))
     longest = -(-max_model_len(run, shape) // run.kv_block_size)
-    if longest * block_bytes > run.kv_offloading_size * GIB:
+    if run.num_host_kv_blocks is None and longest * block_bytes > run.kv_offloading_size * GIB:
         return (
             f"kv_offloading_size={run.kv_offloading_size:g}: one request of max_model_len={max_model_len(run, shape)} "
             f"needs {longest * block_bytes / GIB:.2f} GiB of host KV in each replica; raise it, or lower max_model_len"
         )
-    return "; ".join(f"{item.layouts}: {item.reason}" for item in rejected[-1:])
+    layouts_by_reason: dict[str, list[str]] = {}
+    for item in rejected:
+        layouts_by_reason.setdefault(item.reason, []).append(item.layouts)
+    return "; ".join(f"{', '.join(layouts)}: {reason}" for reason, layouts in layouts_by_reason.items()) + enough
+
+
+def _enough_devices(
+    run: RunConfig, shape: ModelShape, hardware: HardwareProfile, num_devices: int, constraints: Constraints
+) -> str:
+    """The next larger number of devices, within one node, that some layout fits on; nothing when none is found."""
+    for more in range(num_devices + 1, max(MOST_DEVICES_A_NODE, num_devices) + 1):
+        for pair in layout_pairs(more, more):
+            if broken_rule(shape, pair, constraints.folder_cells) is not None:
+                continue
+            settings = _settings(run, pair, min(constraints.micro_batch_tokens))
+            try:
+                pools = size_pools(settings, shape, hardware.memory_bytes)
+            except UserError:
+                continue
+            if _lacks_host_memory(settings, shape, pools, constraints.host_bytes) is None:
+                return f"; {more} devices of one node would do, as {pair}"
+    return ""

@@ -12,13 +12,14 @@ A matrix product is bound by memory or by compute, and near the ridge of the roo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from seesaw_ds.errors import UserError
 from seesaw_ds.layout import ParallelLayout
-from seesaw_ds.plan.hardware import HardwareProfile
+from seesaw_ds.plan.hardware import HardwareProfile, interpolate
 from seesaw_ds.shapes import DTYPE_BYTES, ModelShape
 
 # Reads and writes of activations per token and layer outside matrix products and attention, in vectors: residual
@@ -42,6 +43,10 @@ class StepWork(NamedTuple):
     prefill_context: int = 0
     decode_context: int = 0
     num_rows: int = 0
+
+    def divided_by(self, parts: int) -> StepWork:
+        """An equal part of the work, rounded up."""
+        return StepWork(*(-(-value // parts) for value in self)) if parts > 1 else self
 
 
 def chunk_work(start: int, num_tokens: int, is_last: bool) -> StepWork:
@@ -80,6 +85,14 @@ class CostModel:
         return self.shape.kv_block_bytes(self.shape.num_layers, self.shape.num_kv_heads, 1, self.dtype)
 
     @cached_property
+    def _kv_bandwidth(self) -> float:
+        return self.hardware.kv_bandwidth or self._bandwidth
+
+    @cached_property
+    def _element_bandwidth(self) -> float:
+        return self.hardware.element_bandwidth or self._bandwidth
+
+    @cached_property
     def _flops(self) -> float:
         peak = self.hardware.flops.get(self.dtype)
         if peak is None:
@@ -93,11 +106,18 @@ class CostModel:
 
     def linear_seconds(self, parameters: float, num_tokens: int) -> float:
         """One pass of `num_tokens` through `parameters` weights, which one device holds."""
+        if self.hardware.linear is not None and self.dtype in self.hardware.linear:
+            return parameters * interpolate(self.hardware.linear[self.dtype], num_tokens)
         memory = parameters * self.itemsize / self._bandwidth
         compute = 2 * parameters * num_tokens / (self._flops * self.hardware.gemm_efficiency)
         larger, smaller = (memory, compute) if memory > compute else (compute, memory)
         ratio = smaller / larger
         return larger * float((1 + ratio**4) ** 0.25)
+
+    def decode_work(self, contexts: Sequence[int]) -> StepWork:
+        """The work of a decode step whose rows read so many KV tokens each."""
+        read = len(contexts) * max(contexts, default=0) if self.hardware.pads_decode else sum(contexts)
+        return StepWork(num_tokens=len(contexts), decode_context=read, num_rows=len(contexts))
 
     def attention_seconds(self, work: StepWork) -> float:
         """Attention of one layer on one device: prefill chunks and decode rows are kernels of their own."""
@@ -110,16 +130,21 @@ class CostModel:
             seconds += max(compute, work.prefill_context * kv_bytes / self._bandwidth)
         if work.decode_context:
             compute = work.decode_context * pair_flops / (self._flops * self.hardware.attention_efficiency)
-            seconds += max(compute, work.decode_context * kv_bytes / self._bandwidth)
+            seconds += max(compute, work.decode_context * kv_bytes / self._kv_bandwidth)
         return seconds
+
+    def element_bytes(self, num_tokens: int) -> float:
+        """Bytes that one layer reads and writes on one device outside matrix products and attention."""
+        shape = self.shape
+        sharded = shape.intermediate_size + (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        passes = _HIDDEN_PASSES * shape.hidden_size + _SHARDED_PASSES * sharded / self.layout.tp
+        return num_tokens * passes * self.itemsize
 
     def layer_seconds(self, work: StepWork) -> float:
         """One decoder layer, its two all-reduces included."""
         shape, tp = self.shape, self.layout.tp
         linear = self.linear_seconds(shape.layer_parameters / tp, work.num_tokens)
-        sharded = shape.intermediate_size + (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-        passes = _HIDDEN_PASSES * shape.hidden_size + _SHARDED_PASSES * sharded / tp
-        element = work.num_tokens * passes * self.itemsize / self._bandwidth
+        element = self.element_bytes(work.num_tokens) / self._element_bandwidth
         message = work.num_tokens * shape.hidden_size * self.itemsize
         reduce = 2 * self.hardware.all_reduce_seconds(message, tp)
         return linear + self.attention_seconds(work) + element + reduce + self.hardware.layer_seconds
@@ -144,5 +169,8 @@ class CostModel:
 
     def sample_seconds(self) -> float:
         """From the last stage's end until the sampled tokens are known to the first stage and to the scheduler."""
-        feedback = self.hardware.send_seconds if self.layout.pp > 1 else 0.0
-        return self.hardware.step_seconds + feedback
+        return self.hardware.step_seconds + self.feedback_seconds()
+
+    def feedback_seconds(self) -> float:
+        """From the last stage to the first: the sampled tokens."""
+        return self.hardware.send_seconds if self.layout.pp > 1 else 0.0

@@ -17,11 +17,22 @@ from seesaw_ds.errors import UserError
 
 GIB = 1 << 30
 
+Points = tuple[tuple[float, float], ...]
+"""(size, seconds), both rising; at least two."""
+
+
+def interpolate(points: Points, size: float) -> float:
+    """Seconds at `size`: on a straight line between points, along the last slope beyond; at least the first's."""
+    index = min(max(bisect_right(points, (size,)), 1), len(points) - 1)
+    (low, seconds), (high, next_seconds) = points[index - 1], points[index]
+    return max(points[0][1], seconds + (size - low) * (next_seconds - seconds) / (high - low))
+
 
 @dataclass(frozen=True, slots=True)
 class HardwareProfile:
     """One kind of device and how several of them are joined. Rates are in units per second, without any saving.
 
+    device                     its name as the driver gives it, by which a run finds its profile
     memory_bytes               of one device
     flops                      peak dense FLOP/s by dtype name, from the data sheet
     memory_bandwidth           peak bytes/s of device memory, from the data sheet
@@ -37,9 +48,17 @@ class HardwareProfile:
     device_to_host             the other way
     duplex                     bytes/s each way, per device, while both ways are busy
     sources                    where each of the figures above is from, by its name
+
+    What a calibration measures besides; a data sheet leaves them out.
+
+    linear                     by dtype: (tokens, seconds) points of a pass through one parameter; else the roofline
+    kv_bandwidth               bytes/s at which decode attention reads KV; else that of weights
+    pads_decode                1 when decode attention reads every row as if it were as long as the step's longest
+    element_bandwidth          bytes/s of norms, activations and residual additions; else that of weights
     """
 
     name: str
+    device: str
     memory_bytes: int
     flops: Mapping[str, float]
     memory_bandwidth: float
@@ -48,13 +67,17 @@ class HardwareProfile:
     memory_efficiency: float
     layer_seconds: float
     step_seconds: float
-    all_reduce: Mapping[int, tuple[tuple[float, float], ...]]
+    all_reduce: Mapping[int, Points]
     send_seconds: float
     send_bandwidth: float
     host_to_device: float
     device_to_host: float
     duplex: float
     sources: Mapping[str, str]
+    linear: Mapping[str, Points] | None = None
+    kv_bandwidth: float | None = None
+    pads_decode: float | None = None
+    element_bandwidth: float | None = None
 
     def all_reduce_seconds(self, num_bytes: float, degree: int) -> float:
         """Seconds to sum `num_bytes` over `degree` devices: between the table's points, or along its last slope.
@@ -64,10 +87,7 @@ class HardwareProfile:
         if degree == 1:
             return 0.0
         known = [size for size in self.all_reduce if size >= degree] or [max(self.all_reduce)]
-        points = self.all_reduce[min(known)]
-        index = min(max(bisect_right(points, (num_bytes,)), 1), len(points) - 1)
-        (size, seconds), (next_size, next_seconds) = points[index - 1], points[index]
-        return max(points[0][1], seconds + (num_bytes - size) * (next_seconds - seconds) / (next_size - size))
+        return interpolate(self.all_reduce[min(known)], num_bytes)
 
     def with_all_reduce_scaled(self, factor: float) -> HardwareProfile:
         """The same machine with an all-reduce bandwidth `factor` times as high; its latency stays."""
@@ -95,35 +115,40 @@ def load_hardware(path: Path) -> HardwareProfile:
 
 def parse_hardware(values: Mapping[str, Any]) -> HardwareProfile:
     """Make a profile of a YAML mapping. Raises UserError naming the first figure that is unknown, missing or wrong."""
-    names = [field.name for field in dataclasses.fields(HardwareProfile)]
+    fields = dataclasses.fields(HardwareProfile)
+    names = [field.name for field in fields]
     for key in values:
         if key not in names:
             close = difflib.get_close_matches(str(key), names, n=1)
             mend = f"did you mean {close[0]!r}?" if close else f"known figures: {', '.join(names)}"
             raise UserError(f"{key}={values[key]!r}: unknown figure in a hardware profile; {mend}")
-    for name in names:
-        if name not in values:
-            raise UserError(f"{name}: missing in the hardware profile; every figure is needed")
-    checked: dict[str, Any] = dict(values)
-    for name in names:
-        if name == "name":
-            checked[name] = str(values[name])
-        elif name == "flops":
-            checked[name] = {str(k): _positive(f"flops.{k}", v) for k, v in _mapping(name, values[name]).items()}
-        elif name == "all_reduce":
-            checked[name] = {int(k): _points(k, v) for k, v in _mapping(name, values[name]).items()}
-        elif name == "sources":
-            checked[name] = {str(k): str(v) for k, v in _mapping(name, values[name]).items()}
-        else:
-            checked[name] = _positive(name, values[name])
+    for field in fields:
+        if field.name not in values and field.default is dataclasses.MISSING:
+            raise UserError(f"{field.name}: missing in the hardware profile; every figure is needed")
+    checked = {name: _figure(name, value) for name, value in values.items()}
     checked["memory_bytes"] = int(checked["memory_bytes"])
-    for name in names:
-        if name not in ("name", "sources") and name not in checked["sources"]:
+    for name in checked:
+        if name not in ("name", "device", "sources") and name not in checked["sources"]:
             raise UserError(f"sources: {name} has none; say where the figure is from")
     for name in ("gemm_efficiency", "attention_efficiency", "memory_efficiency"):
         if checked[name] > 1:
             raise UserError(f"{name}={checked[name]}: a share of the peak, must be at most 1")
     return HardwareProfile(**checked)
+
+
+def _figure(name: str, value: Any) -> Any:
+    """The checked value of one figure."""
+    if name in ("name", "device"):
+        return str(value)
+    if name == "flops":
+        return {str(k): _positive(f"flops.{k}", v) for k, v in _mapping(name, value).items()}
+    if name == "all_reduce":
+        return {int(k): _points(f"all_reduce.{k}", v) for k, v in _mapping(name, value).items()}
+    if name == "linear":
+        return {str(k): _points(f"linear.{k}", v) for k, v in _mapping(name, value).items()}
+    if name == "sources":
+        return {str(k): str(v) for k, v in _mapping(name, value).items()}
+    return _positive(name, value)
 
 
 def _mapping(name: str, value: Any) -> Mapping[Any, Any]:
@@ -143,8 +168,8 @@ def _positive(name: str, value: Any) -> float:
     return number
 
 
-def _points(degree: Any, value: Any) -> tuple[tuple[float, float], ...]:
-    rule = f"all_reduce.{degree}={value!r}: must be at least two [bytes, seconds] points, both rising"
+def _points(name: str, value: Any) -> Points:
+    rule = f"{name}={value!r}: must be at least two [size, seconds] points, both rising"
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(p, list) and len(p) == 2 for p in value):
         raise UserError(rule)
     points = tuple((float(size), float(seconds)) for size, seconds in value)

@@ -19,19 +19,17 @@ class DeviceMemory:
     weights: int
     embeddings: int
     activations: int
-    prefill_kv: int
-    decode_kv: int
+    kv: int
 
 
 @dataclass(frozen=True, slots=True)
 class PoolSizes:
     """KV pool sizes of one replica, in blocks, with the bytes behind them.
 
-    The prefill pool holds prompts, in prefill layout, from their first chunk until they are swapped out; the GPU pool
-    holds running sequences in decode layout; the host pool everything between.
+    The GPU pool holds prompts and running sequences, in the layout of the phase; the host pool those that the GPU has
+    no room for.
     """
 
-    num_prefill_blocks: int
     num_gpu_blocks: int
     num_host_blocks: int
     host_bytes: int
@@ -43,6 +41,12 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
     return -(-num_tokens // block_size)
 
 
+def most_step_tokens(run: RunConfig) -> int:
+    """The most tokens of a prefill micro-batch with its decode rows, which leave prompts a quarter of it at least."""
+    rows = -(-run.max_num_seqs // run.layout_pair.prefill.pp) if run.mixed_steps else 0
+    return max(run.max_num_batched_tokens, rows + run.max_num_batched_tokens // 4)
+
+
 def size_pools(run: RunConfig, shape: ModelShape, device_bytes: int) -> PoolSizes:
     """Size the pools of one replica for devices with `device_bytes` of usable memory each.
 
@@ -52,21 +56,18 @@ def size_pools(run: RunConfig, shape: ModelShape, device_bytes: int) -> PoolSize
     dtype = dtype_name(run, shape)
     itemsize = DTYPE_BYTES[dtype]
     longest = blocks_for(max_model_len(run, shape), run.kv_block_size)
-    in_flight = (pair.prefill.pp + 3) * run.max_num_batched_tokens
-    num_prefill_blocks = longest + blocks_for(in_flight, run.kv_block_size)
 
     weights = _layer_bytes(run, shape, itemsize)
     embeddings = _embedding_bytes(run, shape, itemsize)
     activations = _activation_bytes(run, shape, itemsize)
-    prefill_kv = num_prefill_blocks * _block_bytes(run, shape, Phase.PREFILL, dtype)
-    block_bytes = _block_bytes(run, shape, Phase.DECODE, dtype)
+    block_bytes = kv_block_bytes(run, shape, dtype)
     budget = int(device_bytes * run.gpu_memory_utilization)
-    left = budget - weights - embeddings - activations - prefill_kv
+    left = budget - weights - embeddings - activations
     num_gpu_blocks = min(left // block_bytes, run.max_num_seqs * longest)  # more than that nobody can use
     if run.num_gpu_kv_blocks is not None:
         num_gpu_blocks = run.num_gpu_kv_blocks
     if num_gpu_blocks < longest:
-        _refuse_gpu(run, longest, num_gpu_blocks, budget, weights + embeddings + activations + prefill_kv)
+        _refuse_gpu(run, longest, num_gpu_blocks, budget, weights + embeddings + activations)
 
     row_bytes = shape.kv_block_bytes(shape.num_layers, shape.num_kv_heads, run.kv_block_size, dtype)
     num_host_blocks = int(run.kv_offloading_size * GIB / pair.dp) // row_bytes
@@ -78,11 +79,10 @@ def size_pools(run: RunConfig, shape: ModelShape, device_bytes: int) -> PoolSize
             f"kv_block_size={run.kv_block_size}; raise kv_offloading_size or num_host_kv_blocks, or lower max_model_len"
         )
     return PoolSizes(
-        num_prefill_blocks=num_prefill_blocks,
         num_gpu_blocks=num_gpu_blocks,
         num_host_blocks=num_host_blocks,
         host_bytes=num_host_blocks * row_bytes,
-        device=DeviceMemory(weights, embeddings, activations, prefill_kv, num_gpu_blocks * block_bytes),
+        device=DeviceMemory(weights, embeddings, activations, num_gpu_blocks * block_bytes),
     )
 
 
@@ -93,8 +93,8 @@ def _refuse_gpu(run: RunConfig, longest: int, num_blocks: int, budget: int, spen
             f"kv_block_size={run.kv_block_size}; raise num_gpu_kv_blocks, or lower max_model_len"
         )
     raise UserError(
-        f"gpu_memory_utilization={run.gpu_memory_utilization}: of {budget / GIB:.2f} GiB a device, weights, "
-        f"activations and the prefill pool take {spent / GIB:.2f} GiB, which leaves {max(0, num_blocks)} KV blocks "
+        f"gpu_memory_utilization={run.gpu_memory_utilization}: of {budget / GIB:.2f} GiB a device, weights and "
+        f"activations take {spent / GIB:.2f} GiB, which leaves {max(0, num_blocks)} KV blocks "
         f"where one request of max_model_len tokens needs {longest}; use more GPUs, or lower max_model_len or "
         "max_num_batched_tokens"
     )
@@ -124,10 +124,17 @@ def _activation_bytes(run: RunConfig, shape: ModelShape, itemsize: int) -> int:
     """An upper bound of live activations in a prefill micro-batch, and of the logits of a decode step in float32."""
     tp = min(run.layout_pair.prefill.tp, run.layout_pair.decode.tp)
     width = 6 * shape.hidden_size + 3 * (shape.intermediate_size + shape.num_heads * shape.head_dim) // tp
-    return run.max_num_batched_tokens * width * itemsize + 3 * run.max_num_seqs * shape.vocab_size * 4
+    return most_step_tokens(run) * width * itemsize + 3 * run.max_num_seqs * shape.vocab_size * 4
 
 
-def _block_bytes(run: RunConfig, shape: ModelShape, phase: Phase, dtype: str) -> int:
-    layout = run.layout_pair[phase]
-    layers = layout.stage_layers(shape.num_layers)[0].size
-    return shape.kv_block_bytes(layers, shape.num_kv_heads // layout.tp, run.kv_block_size, dtype)
+def kv_block_bytes(run: RunConfig, shape: ModelShape, dtype: str) -> int:
+    """Device bytes of one KV block on the rank and in the phase that need most: its bytes are those of both phases."""
+    pair = run.layout_pair
+    shards = (
+        pair[phase].shard(rank, shape.num_layers, shape.num_kv_heads)
+        for phase in Phase
+        for rank in range(pair.replica_size)
+    )
+    return max(
+        shape.kv_block_bytes(shard.layers.size, shard.kv_heads.size, run.kv_block_size, dtype) for shard in shards
+    )

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 class SimulatedRun:
     """Seconds and counts of one run. The seconds by part are those of the replica that finished last.
 
-    A static engine mixes its phases: its `prefill_seconds` are those of steps with prompt tokens in them.
-    `busy_share` is how much of the time the stages computed, over all replicas; `mean_decode_batch` counts the
-    rows of a decode step, averaged over steps.
+    `prefill_seconds` are those of steps with prompt tokens in them, decode rows or not. `busy_share` is how much of the
+    time the stages computed, over all replicas; `mean_decode_batch` counts the rows of a step that has any, averaged
+    over steps; `riding_share` is how many of all decode rows were in a step with prompt tokens.
     """
 
     num_requests: int
@@ -23,6 +23,7 @@ class SimulatedRun:
     num_evictions: int
     busy_share: float
     mean_decode_batch: float
+    riding_share: float
 
     @property
     def requests_per_second(self) -> float:

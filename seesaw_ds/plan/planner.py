@@ -1,35 +1,55 @@
-"""Chooses the layouts of a run: closed form first, then the simulator on the few that could win.
+"""Chooses the layouts of a run and its micro-batch size: closed form first, then the simulator on what could win.
 
-Candidates are simulated in the order of their closed form, which is optimistic. Once the next one's is above the best
-simulated time, no later one can win, and the search ends (branch and bound); it also ends after a fixed number of
-simulations, so that equal inputs always give equal plans. For a large input the simulations count in units of several
-tokens; a still larger one is thinned as well, and the seconds are scaled by the ratio of the closed forms of the whole
-and the thinned input.
+Pairs are simulated with one micro-batch size each, in the order of their closed form, which is optimistic. Once the
+next one's is above the best simulated time, no later one can win, and the search ends (branch and bound); it also ends
+after a fixed number of simulations, so that equal inputs always give equal plans. The fastest few pairs then try
+smaller and larger micro-batches, as long as that helps, and are simulated once more in detail.
+
+For a large input the simulations count in units of several tokens; a still larger one is thinned as well, and the
+seconds are scaled by the ratio of the closed forms of the whole and the thinned input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from seesaw_ds.config import RunConfig, dtype_name
 from seesaw_ds.errors import UserError
 from seesaw_ds.plan.bounds import InputTotals, bound_seconds
-from seesaw_ds.plan.candidates import Candidate, Rejected, find_candidates, what_would_fit
+from seesaw_ds.plan.candidates import Candidate, Constraints, Rejected, find_candidates, what_would_fit
 from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.outcome import SimulatedRun
 from seesaw_ds.plan.simulator import Simulator
+from seesaw_ds.plan.static_engine import HostWork
 from seesaw_ds.plan.static_search import StaticPlan, best_static_plan, static_layouts
 from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.shapes import ModelShape
 
 MAX_SIMULATIONS = 6
-RANKING_STEPS = 40_000
-"""Decode rows of a simulation that only ranks: 0.2 seconds on one core."""
-FINAL_STEPS = 150_000
-"""Decode rows of the winner's simulation."""
+"""Pairs that are simulated."""
+NUM_FINALISTS = 2
+"""Pairs that try other micro-batch sizes, and are simulated again in more detail."""
+FIRST_TOKENS = {True: 512, False: 2048}
+"""The micro-batch size that is simulated first, with mixed steps and without."""
+_MOST_MERGED_TOKENS = 2048  # in the micro-batches that one simulated one stands for
 STATIC_TOKENS = 500_000
 """Output tokens of the yardstick's simulations, which take a time by steps, not by rows."""
+
+
+class Effort(NamedTuple):
+    """How detailed a simulation is: decode rows to aim at by larger units, and the most requests and rows of all."""
+
+    num_rows: int
+    most_requests: int
+    most_rows: int
+
+
+RANKING = Effort(40_000, 1200, 160_000)
+"""About half a second on one core."""
+FINAL = Effort(150_000, 3000, 600_000)
+"""Of the finalists: up to two seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +89,9 @@ class Simulated:
 class Plan:
     """The answer: the best candidate, the best static layout of an ordinary engine, and what became of the rest.
 
-    `ranking` holds what was simulated to rank it, best first; `best` is its first, simulated again in more detail.
-    `pruned` what could not win by its closed form or was left out
-    after the last simulation; `rejected` what cannot run.
+    `ranking` holds what was simulated to rank it, best first; `best` is one of its first, simulated in more detail.
+    `pruned` what could not win by its closed form, or was left out after the last simulation; `rejected` what cannot
+    run.
     """
 
     best: Simulated
@@ -103,49 +123,72 @@ def make_plan(
     lengths: Sequence[RequestLength],
     devices_per_node: int = 8,
     with_static: bool = True,
+    constraints: Constraints | None = None,
+    static_host: HostWork | None = None,
 ) -> Plan:
     """Plan a run of `lengths` on `num_devices`; `run` gives everything but layouts and micro-batch tokens.
 
-    `with_static` also looks for the yardstick. Raises UserError, with what would be needed, when nothing fits.
+    `with_static` also looks for the yardstick, with `static_host` as its host's work; `constraints` are those of a
+    machine at hand. Raises UserError, with what would be needed, when nothing fits.
     """
     if not lengths:
         raise UserError("the input has no requests: give at least one to plan for")
     totals = InputTotals.of(lengths)
-    candidates, rejected = find_candidates(run, shape, hardware, num_devices, devices_per_node, totals)
+    limits = constraints or Constraints()
+    candidates, rejected = find_candidates(run, shape, hardware, num_devices, devices_per_node, totals, limits)
     if not candidates:
-        needed = what_would_fit(run, shape, hardware, num_devices, rejected)
+        needed = what_would_fit(run, shape, hardware, num_devices, rejected, limits)
         raise UserError(f"no layout of {num_devices} x {hardware.name} fits: {needed}")
-    ranking, pruned = _search(candidates, shape, hardware, totals, lengths)
-    best = simulate(ranking[0].candidate, shape, hardware, totals, lengths, FINAL_STEPS)
+
+    def rank(candidate: Candidate) -> Simulated:
+        return simulate(candidate, shape, hardware, totals, lengths, RANKING)
+
+    ranking, pruned = _search(candidates, rank)
+    finals = [simulate(done.candidate, shape, hardware, totals, lengths, FINAL) for done in ranking[:NUM_FINALISTS]]
+    best = min(finals, key=lambda done: done.seconds)
     static = None
     if with_static:
         layouts = static_layouts(shape, num_devices, devices_per_node)
-        static = best_static_plan(run, shape, hardware, layouts, thinned(lengths, STATIC_TOKENS))
+        static = best_static_plan(run, shape, hardware, layouts, thinned(lengths, STATIC_TOKENS), static_host)
     return Plan(best, static, ranking, pruned, rejected)
 
 
 def _search(
-    candidates: list[Candidate],
-    shape: ModelShape,
-    hardware: HardwareProfile,
-    totals: InputTotals,
-    lengths: Sequence[RequestLength],
+    candidates: list[Candidate], rank: Callable[[Candidate], Simulated]
 ) -> tuple[list[Simulated], list[Candidate]]:
-    """Simulate candidates by rising bound, one micro-batch size of each pair, until no other can win."""
+    """Simulate candidates by rising bound until no other pair can win; one micro-batch size of each pair stays."""
+    by_pair: dict[str, list[Candidate]] = {}
+    for candidate in candidates:
+        by_pair.setdefault(candidate.run.layouts, []).append(candidate)
     ranking: list[Simulated] = []
     pruned: list[Candidate] = []
-    seen: set[str] = set()
-    for candidate in candidates:
-        if candidate.run.layouts in seen:
-            continue
-        seen.add(candidate.run.layouts)
+    for sizes in by_pair.values():
         best = min((done.seconds for done in ranking), default=float("inf"))
-        if candidate.bound.total >= best or len(ranking) == MAX_SIMULATIONS:
-            pruned.append(candidate)
-            continue
-        ranking.append(simulate(candidate, shape, hardware, totals, lengths, RANKING_STEPS))
+        if sizes[0].bound.total >= best or len(ranking) == MAX_SIMULATIONS:
+            pruned.append(sizes[0])
+        else:
+            first = FIRST_TOKENS[sizes[0].run.mixed_steps]
+            ranking.append(rank(min(sizes, key=lambda size: abs(size.run.max_num_batched_tokens - first))))
+    ranking.sort(key=lambda done: done.seconds)
+    for i, finalist in enumerate(ranking[:NUM_FINALISTS]):
+        ranking[i] = _tuned(finalist, by_pair[finalist.candidate.run.layouts], rank)
     ranking.sort(key=lambda done: done.seconds)
     return ranking, pruned
+
+
+def _tuned(first: Simulated, sizes: list[Candidate], rank: Callable[[Candidate], Simulated]) -> Simulated:
+    """The fastest of `first` and its pair's next smaller and larger micro-batches, and so on while that helps."""
+    sizes = sorted(sizes, key=lambda size: size.run.max_num_batched_tokens)
+    middle = sizes.index(first.candidate)
+    best = first
+    for others in (sizes[:middle][::-1], sizes[middle + 1 :]):
+        for size in others:
+            if size.bound.total >= best.seconds or (done := rank(size)).seconds >= best.seconds:
+                break
+            best = done
+        if best is not first:
+            break
+    return best
 
 
 def simulate(
@@ -154,15 +197,13 @@ def simulate(
     hardware: HardwareProfile,
     totals: InputTotals,
     lengths: Sequence[RequestLength],
-    num_steps: int,
+    effort: Effort,
 ) -> Simulated:
-    """Simulate in units, and if need be with a part of the input, so that decode has about `num_steps` rows in all.
-
-    `totals` are those of `lengths`.
-    """
+    """Simulate in units, and if need be a part of the input. `totals` are those of `lengths`."""
     run, dtype = candidate.run, dtype_name(candidate.run, shape)
-    unit = _unit(totals.output_tokens, num_steps, run.kv_block_size)
-    sample = thinned(lengths, num_steps * unit)
+    num_tokens = totals.output_tokens * min(1.0, effort.most_requests / totals.num_requests)
+    unit = _unit(num_tokens, effort.num_rows, run.kv_block_size, _largest_unit(candidate))
+    sample = thinned(lengths, int(min(num_tokens, effort.most_rows * unit)))
     simulator = Simulator(shape, hardware, candidate.pair, candidate.limits, dtype, run.weight_reshard, unit)
     simulated = simulator.run(sample)
     seconds = simulated.seconds
@@ -174,9 +215,23 @@ def simulate(
     return Simulated(candidate, simulated, seconds, totals.num_requests)
 
 
-def _unit(num_output_tokens: int, num_steps: int, block_size: int) -> int:
-    """The smallest power of two that brings the tokens down to `num_steps`; at most what divides a block."""
+def _largest_unit(candidate: Candidate) -> int:
+    """The most tokens in a unit that keep a simulation faithful.
+
+    A simulated micro-batch with rows stands for as many real ones. Where decode steps go between micro-batches, each
+    waits for all of them, and the pools have to hold their prompts at once.
+    """
+    run = candidate.run
+    if not run.mixed_steps:
+        return run.max_num_batched_tokens
+    if candidate.limits.has_one_phase:
+        return 1
+    return _MOST_MERGED_TOKENS // run.max_num_batched_tokens
+
+
+def _unit(num_output_tokens: float, num_rows: int, block_size: int, largest: int) -> int:
+    """The smallest power of two, a divisor of a block, that brings the tokens to `num_rows`; at most `largest`."""
     unit = 1
-    while num_output_tokens > num_steps * unit and block_size % (2 * unit) == 0:
+    while num_output_tokens > num_rows * unit and block_size % (2 * unit) == 0 and 2 * unit <= largest:
         unit *= 2
     return unit

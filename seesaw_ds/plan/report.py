@@ -39,7 +39,9 @@ def _simulated_json(simulated: Simulated) -> dict[str, Any]:
         "transitions": simulated.simulated.num_transitions,
         "evictions": simulated.simulated.num_evictions,
         "mean_decode_batch": simulated.simulated.mean_decode_batch,
+        "riding_share": simulated.simulated.riding_share,
         "max_num_batched_tokens": run.max_num_batched_tokens,
+        "mixed_steps": run.mixed_steps,
         "weight_reshard": run.weight_reshard,
         "memory_gib": _memory_gib(simulated.candidate),
     }
@@ -63,8 +65,7 @@ def _memory_gib(candidate: Candidate) -> dict[str, float]:
         "weights": device.weights,
         "embeddings": device.embeddings,
         "activations": device.activations,
-        "prefill_kv": device.prefill_kv,
-        "decode_kv": device.decode_kv,
+        "kv": device.kv,
         "host_kv": candidate.pools.host_bytes,
     }
     return {name: round(num_bytes / GIB, 3) for name, num_bytes in parts.items()}
@@ -72,18 +73,20 @@ def _memory_gib(candidate: Candidate) -> dict[str, float]:
 
 def plan_table(plan: Plan) -> str:
     """The plan as text: seconds by part, memory by part, and why each loser loses."""
-    lines = [f"{'layouts':<16}{'req/s':>8}{'prefill s':>11}{'decode s':>10}{'switch s':>10}{'batch':>7}  why"]
+    lines = [
+        f"{'layouts':<16}{'req/s':>8}{'prefill s':>11}{'decode s':>10}{'switch s':>10}{'batch':>7}{'riding':>8}  why"
+    ]
     for simulated in plan.ranking:
         shown = plan.best if simulated.candidate is plan.best.candidate else simulated
         lines.append(
             f"{shown.candidate.run.layouts:<16}{shown.requests_per_second:>8.3f}{shown.prefill_seconds:>11.1f}"
             f"{shown.decode_seconds:>10.1f}{shown.transition_seconds:>10.2f}{shown.simulated.mean_decode_batch:>7.0f}"
-            f"  {_why(shown, plan.best)}"
+            f"{shown.simulated.riding_share:>8.0%}  {_why(shown, plan.best)}"
         )
     for candidate in plan.pruned:
         layouts, bound = candidate.run.layouts, candidate.bound
         lines.append(
-            f"{layouts:<16}{'':>8}{bound.prefill:>11.1f}{bound.decode:>10.1f}{bound.transition:>10.2f}{'':>7}"
+            f"{layouts:<16}{'':>8}{bound.prefill:>11.1f}{bound.decode:>10.1f}{bound.transition:>10.2f}{'':>15}"
             f"  at least {bound.total:.1f} s by the closed form"
         )
     for rejected in plan.rejected:

@@ -55,16 +55,24 @@ def utilisation(
     prefill_seconds: float,
     decode_seconds: float,
     num_decode_steps: int,
+    num_decode_rows: int,
     dtype: str = "bfloat16",
 ) -> Utilisation:
-    """How much of the devices' peak each phase reached. Every decode step reads the weights once, over all ranks."""
+    """How much of the devices' peak each phase reached. Every decode step reads the weights once, over all ranks.
+
+    Of the output tokens `num_decode_rows` were made by decode steps, and the others rode in prefill; both are taken
+    to be of sequences of average length.
+    """
     peak = machine.flops_per_second * num_devices
-    prefill = sum(prefill_flops(shape, length.input_tokens) for length in lengths)
+    num_rows = sum(length.output_tokens - 1 for length in lengths)
+    share = min(1.0, num_decode_rows / num_rows) if num_rows else 0.0
     decode = sum(decode_flops(shape, length) for length in lengths)
-    decode_bytes = num_decode_steps * _parameters(shape) * DTYPE_BYTES[dtype] + _decode_kv_bytes(shape, lengths, dtype)
+    prefill = sum(prefill_flops(shape, length.input_tokens) for length in lengths) + (1 - share) * decode
+    weight_bytes = num_decode_steps * _parameters(shape) * DTYPE_BYTES[dtype]
+    decode_bytes = weight_bytes + share * _decode_kv_bytes(shape, lengths, dtype)
     return Utilisation(
         prefill / (peak * prefill_seconds) if prefill_seconds else 0.0,
-        decode / (peak * decode_seconds) if decode_seconds else 0.0,
+        share * decode / (peak * decode_seconds) if decode_seconds else 0.0,
         decode_bytes / (machine.bytes_per_second * num_devices * decode_seconds) if decode_seconds else 0.0,
     )
 

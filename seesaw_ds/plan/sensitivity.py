@@ -12,7 +12,7 @@ from seesaw_ds.plan.bounds import InputTotals, bound_seconds
 from seesaw_ds.plan.candidates import Candidate, scheduler_limits
 from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.memory import size_pools
-from seesaw_ds.plan.planner import RANKING_STEPS, simulate
+from seesaw_ds.plan.planner import FIRST_TOKENS, RANKING, simulate
 from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.shapes import ModelShape
 
@@ -20,7 +20,6 @@ OUTPUT_RATIOS = (0.0, 0.01, 0.03, 0.06, 0.1, 0.15, 0.2, 0.3)
 BANDWIDTH_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0, 50.0)
 _INPUT_TOKENS = 3000  # as in the paper's figure
 _NUM_REQUESTS = 200
-_MICRO_BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ def _throughput(
         layouts=str(pair),
         weight_reshard=run.weight_reshard if pair.is_nested else "host",
         max_model_len=max(sum(length) for length in lengths),
-        max_num_batched_tokens=_MICRO_BATCH_TOKENS,
+        max_num_batched_tokens=FIRST_TOKENS[run.mixed_steps],
     )
     try:
         pools = size_pools(settings, shape, hardware.memory_bytes)
@@ -79,4 +78,4 @@ def _throughput(
     limits = scheduler_limits(settings, pools)
     bound = bound_seconds(shape, hardware, pair, limits, totals, dtype_name(run, shape), settings.weight_reshard)
     candidate = Candidate(settings, pools, limits, bound)
-    return simulate(candidate, shape, hardware, totals, lengths, RANKING_STEPS).requests_per_second
+    return simulate(candidate, shape, hardware, totals, lengths, RANKING).requests_per_second

@@ -1,12 +1,17 @@
 """A discrete-event simulator of the engine: the real scheduler decides, the cost model is the clock.
 
 Each replica has a scheduler of its own and as many pipeline stages as its layout of the phase has; all replicas draw
-from one queue of requests, in turn. Actions are executed as `seesaw_ds.sched.output` says: compute in the order given,
-copies beside it. Equal inputs give equal runs.
+from one queue of requests, a batch at a time, whose longest outputs they start first. Actions are executed as
+`seesaw_ds.sched.output` says: compute in the order given, copies beside it. Equal inputs give equal runs.
 
-To go faster a simulation may count in units of several tokens: lengths, blocks and micro-batches shrink by that factor,
-and one simulated decode step stands for as many real ones, one after the other. All requests stay, and so do the
-pools, the batch sizes and the transitions; what is lost is the rounding of lengths to whole units.
+To go faster a simulation may count in units of several tokens: lengths and blocks shrink by that factor, and one
+simulated decode step stands for as many real ones, one after the other. All requests stay, and so do the pools, the
+batch sizes and the transitions; what is lost is the rounding of lengths to whole units. Micro-batches shrink too,
+unless decode rows ride in them. A row goes on by a whole unit, so a simulated micro-batch is then as many real ones of
+its group, one after the other, as a unit has tokens; they are taken to be alike::
+
+    2 stages     unit 1   group 0, 1, 0, 1, 0, 1, 0, 1
+                 unit 2   group 0 twice, 1 twice, 0 twice, 1 twice
 """
 
 from __future__ import annotations
@@ -24,8 +29,10 @@ from seesaw_ds.plan.transfers import CopyLanes, ReshardSeconds, reshard_seconds
 from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.sched.output import (
     Action,
+    Activate,
     DecodeBatch,
     DecodeDone,
+    DecodeRow,
     Event,
     Evict,
     EvictDone,
@@ -60,10 +67,11 @@ class _Replica:
         unit: int,
     ) -> None:
         shape = costs[Phase.PREFILL].shape
+        self._rounds = unit if limits.mixes_steps else 1  # real micro-batches in a simulated one
         unit_limits = replace(
             limits,
             block_size=limits.block_size // unit,
-            max_num_batched_tokens=limits.max_num_batched_tokens // unit,
+            max_num_batched_tokens=limits.max_num_batched_tokens // unit * self._rounds,
         )
         self.scheduler = Scheduler(unit_limits, max(1, pairs_per_token(shape) // unit))
         self.events: list[tuple[float, int, Event]] = []
@@ -73,14 +81,15 @@ class _Replica:
         self.busy_seconds = 0.0
         self.num_decode_steps = 0
         self.num_decode_rows = 0
+        self.num_riding_rows = 0
         self._unit = unit
         self._costs = costs
         self._reshard = reshard
         self._num_answers = 0
         self._phase = Phase.PREFILL
-        self._phase_start = 0.0
+        self._part_end = 0.0
         self._stage_free = [0.0] * costs[Phase.PREFILL].layout.pp
-        self._group_ready = [0.0] * costs[Phase.DECODE].layout.pp
+        self._group_ready = [0.0] * costs[Phase.PREFILL].layout.pp
         self._lanes = [CopyLanes(hardware) for _ in range(max(cost.layout.pp for cost in costs.values()))]
         replica_size = costs[Phase.PREFILL].layout.replica_size
         self._rank_block_bytes = limits.block_size * costs[Phase.PREFILL].kv_token_bytes / replica_size
@@ -97,9 +106,13 @@ class _Replica:
         self.end = now
         return now
 
-    def close_phase(self) -> None:
-        """Count the last phase's seconds."""
-        self.phase_seconds[self._phase] += self.end - self._phase_start
+    def close(self) -> None:
+        """Count the last seconds."""
+        self._count_seconds(self._phase, self.end)
+
+    def _count_seconds(self, part: Phase, until: float) -> None:
+        self.phase_seconds[part] += until - self._part_end
+        self._part_end = until
 
     def _answer(self, time: float, event: Event) -> None:
         self._num_answers += 1
@@ -116,56 +129,91 @@ class _Replica:
         elif isinstance(action, Evict):
             num_bytes = len(action.gpu_block_ids) * self._rank_block_bytes
             self._answer(self._lanes[0].copy_out(now, num_bytes), EvictDone(action.seq_id))
-        else:
+        elif isinstance(action, SwitchPhase):
             self._switch(action, now)
+        else:
+            assert isinstance(action, Activate)  # copies nothing and has no answer
 
-    def _run_stages(self, cost: CostModel, work: StepWork, ready: float, repeats: int = 1) -> list[float]:
-        """Pass a micro-batch through the pipeline, `repeats` times in one go; returns when each stage ends."""
+    def _run_stages(self, ready: float, seconds: list[float], send: float, rounds: int = 1) -> list[float]:
+        """Pass `rounds` equal micro-batches through the stages, which take `seconds` each; when each stage ends."""
         ends = []
-        send = repeats * cost.send_seconds(work.num_tokens) if len(self._stage_free) > 1 else 0.0
-        for stage, once in enumerate(cost.stage_seconds(work)):
-            seconds = repeats * once
-            end = max(ready, self._stage_free[stage]) + seconds
+        last_ready = ready
+        for stage, once in enumerate(seconds):
+            start = max(ready, self._stage_free[stage])
+            end = max(start + rounds * once, last_ready + once)
             self._stage_free[stage] = end
             ends.append(end)
-            ready = end + send
-            self.busy_seconds += seconds / len(self._stage_free)
+            ready, last_ready = start + once + send, end + send
+            self.busy_seconds += rounds * once / len(seconds)
         return ends
 
     def _prefill(self, batch: PrefillBatch, now: float) -> None:
         cost = self._costs[Phase.PREFILL]
-        chunks = batch.chunks
-        unit = self._unit
-        work = add_work(*(chunk_work(unit * chunk.start, unit * chunk.num_tokens, chunk.is_last) for chunk in chunks))
-        ends = self._run_stages(cost, work, now)
-        first_tokens = tuple((chunk.seq_id, 0) for chunk in chunks if chunk.is_last)
-        self._answer(ends[-1] + cost.sample_seconds(), PrefillDone(batch.step_id, first_tokens))
+        unit, rounds, chunks = self._unit, self._rounds, batch.chunks
+        prompts = add_work(
+            *(chunk_work(unit * chunk.start, unit * chunk.num_tokens, chunk.is_last) for chunk in chunks)
+        )
+        rows = self._rows_work(batch.rows)
+        work = add_work(prompts.divided_by(rounds), rows)
+        seconds, send = cost.stage_seconds(work), self._send_seconds(cost, work)
+        if batch.rows:
+            now = max(now, self._group_ready[batch.group])
+            if rounds > 1:  # the rows of a round follow on its tokens, after one micro-batch of each other group
+                period = _round_trip(cost, seconds, send) / len(seconds)
+                seconds = [max(once, period) for once in seconds]
+        ends = self._run_stages(now, seconds, send, rounds)
+        self._count_seconds(Phase.PREFILL, ends[-1])
+        done = ends[-1] + cost.sample_seconds()
+        if batch.rows:
+            self._group_ready[batch.group] = done
+            self.num_riding_rows += len(batch.rows)
+        tokens = [(row.seq_id, 0) for row in batch.rows] + [(chunk.seq_id, 0) for chunk in chunks if chunk.is_last]
+        self._answer(done, PrefillDone(batch.step_id, tuple(tokens)))
         for chunk in chunks:
-            if chunk.is_last:
+            if chunk.host_block_ids:
                 num_bytes = len(chunk.host_block_ids) * self._rank_block_bytes
                 done = max(self._lanes[stage].copy_out(end, num_bytes) for stage, end in enumerate(ends))
                 self._answer(done, SwapOutDone(chunk.seq_id))
 
     def _decode(self, batch: DecodeBatch, now: float) -> None:
-        cost = self._costs[Phase.DECODE]
-        num_rows = len(batch.rows)
-        context = self._unit * (sum([row.position for row in batch.rows]) + num_rows)
-        work = StepWork(num_tokens=num_rows, decode_context=context, num_rows=num_rows)
-        ends = self._run_stages(cost, work, max(now, self._group_ready[batch.group]), repeats=self._unit)
-        done = ends[-1] + self._unit * cost.sample_seconds()
+        cost = self._costs[self._phase]
+        work = self._rows_work(batch.rows)
+        unit = self._unit
+        seconds = [unit * once for once in cost.stage_seconds(work)]
+        ready = max(now, self._group_ready[batch.group])
+        ends = self._run_stages(ready, seconds, unit * self._send_seconds(cost, work))
+        self._count_seconds(Phase.DECODE, ends[-1])
+        done = ends[-1] + unit * cost.sample_seconds()
         self._group_ready[batch.group] = done
-        self.num_decode_steps += 1
-        self.num_decode_rows += num_rows
         self._answer(done, DecodeDone(batch.step_id, tuple([(row.seq_id, 0) for row in batch.rows])))
 
+    def _rows_work(self, rows: Sequence[DecodeRow]) -> StepWork:
+        """The work of one token of each row."""
+        num_rows = len(rows)
+        self.num_decode_steps += num_rows > 0
+        self.num_decode_rows += num_rows
+        return self._costs[self._phase].decode_work([self._unit * (row.position + 1) for row in rows])
+
+    def _send_seconds(self, cost: CostModel, work: StepWork) -> float:
+        return cost.send_seconds(work.num_tokens) if len(self._stage_free) > 1 else 0.0
+
     def _switch(self, action: SwitchPhase, now: float) -> None:
-        start = max(now, *self._stage_free)
-        end = start + self._reshard.to(action.to)
-        self.phase_seconds[self._phase] += start - self._phase_start
+        copies = [max(lanes.in_free, lanes.out_free) for lanes in self._lanes]
+        start = max(now, *self._stage_free, *copies)
+        self._count_seconds(self._phase, start)
+        end = start + self._reshard.to(action.to, len(action.gpu_block_ids))
         self.transition_seconds += end - start
-        self._phase, self._phase_start = action.to, end
-        self._stage_free = [end] * self._costs[action.to].layout.pp
+        self._part_end = end
+        self._phase = action.to
+        num_stages = self._costs[action.to].layout.pp
+        self._stage_free = [end] * num_stages
+        self._group_ready = [end] * num_stages
         self._answer(end, PhaseSwitched(action.to))
+
+
+def _round_trip(cost: CostModel, seconds: list[float], send: float) -> float:
+    """From the start of a micro-batch until its tokens are known to the first stage."""
+    return sum(seconds) + (len(seconds) - 1) * send + cost.sample_seconds()
 
 
 @dataclass
@@ -189,7 +237,9 @@ class Simulator:
     def run(self, lengths: Sequence[RequestLength]) -> SimulatedRun:
         """Simulate the whole input, from the first micro-batch to the last result."""
         costs = {phase: CostModel(self.shape, self.hardware, self.pair[phase], self.dtype) for phase in Phase}
-        reshard = reshard_seconds(self.shape, self.pair, self.hardware, self.dtype, self.weight_reshard)
+        reshard = reshard_seconds(
+            self.shape, self.pair, self.hardware, self.dtype, self.weight_reshard, self.limits.block_size
+        )
         self._replicas = [_Replica(self.limits, costs, reshard, self.hardware, self.unit) for _ in range(self.pair.dp)]
         self._waiting = deque(self._spec(i, length) for i, length in enumerate(lengths))
         self._deal()
@@ -217,19 +267,23 @@ class Simulator:
         return SequenceSpec(seq_id, prompt, max_tokens=max(1, stored - prompt + 1))
 
     def _deal(self) -> None:
-        """Give waiting requests to the replicas that want some, one each in turn."""
+        """Give waiting requests to the replicas that want some: a batch each in turn, longest outputs first."""
         while self._waiting:
             wanting = [replica for replica in self._replicas if replica.scheduler.wants_input]
             if not wanting:
                 return
-            for replica in wanting[: len(self._waiting)]:
-                replica.scheduler.add(self._waiting.popleft())
+            even_share = -(-len(self._waiting) // len(wanting))
+            for replica in wanting:
+                num_requests = min(self.limits.max_num_seqs, even_share, len(self._waiting))
+                batch = [self._waiting.popleft() for _ in range(num_requests)]
+                for spec in sorted(batch, key=lambda spec: -spec.max_tokens):
+                    replica.scheduler.add(spec)
         for replica in self._replicas:
             replica.scheduler.close_input()
 
     def _outcome(self, num_requests: int) -> SimulatedRun:
         for replica in self._replicas:
-            replica.close_phase()
+            replica.close()
         last = max(self._replicas, key=lambda replica: replica.end)
         num_steps = sum(replica.num_decode_steps for replica in self._replicas)
         num_rows = sum(replica.num_decode_rows for replica in self._replicas)
@@ -243,4 +297,5 @@ class Simulator:
             num_evictions=sum(replica.scheduler.stats().num_evictions for replica in self._replicas),
             busy_share=sum(replica.busy_seconds for replica in self._replicas) / (last.end * len(self._replicas)),
             mean_decode_batch=num_rows / num_steps if num_steps else 0.0,
+            riding_share=sum(replica.num_riding_rows for replica in self._replicas) / num_rows if num_rows else 0.0,
         )

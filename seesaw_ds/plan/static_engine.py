@@ -4,6 +4,9 @@ It is what a phase-separated run is compared with. Each replica has as many grou
 own running sequences and at most one step in flight, and all groups of a replica share its KV room. A sequence that
 finds no room as it grows gives way to older ones of its group and is computed again (preemption by recomputing, newest
 first); a group's last sequence stays, so that each group makes progress.
+
+The host's work of a step, which no other step of the group hides, is the machine's `step_seconds`. `HostWork` is that
+of an engine whose host is slower.
 """
 
 from __future__ import annotations
@@ -33,6 +36,17 @@ class BatchPolicy(str, enum.Enum):
     PREFILL_FIRST = "prefill-first"
     DECODE_FIRST = "decode-first"
     CHUNKED = "chunked"
+
+
+@dataclass(frozen=True, slots=True)
+class HostWork:
+    """Seconds in which a replica's one host process makes a step: for each step, and for each row that it samples.
+
+    The step starts after that, and the host makes one step after the other, of whatever group.
+    """
+
+    step_seconds: float
+    row_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +90,20 @@ class _Group:
 
 
 class _Replica:
-    def __init__(self, cost: CostModel, policy: BatchPolicy, limits: StaticEngineLimits) -> None:
+    def __init__(self, cost: CostModel, policy: BatchPolicy, limits: StaticEngineLimits, host: HostWork | None) -> None:
         self.end = 0.0
         self.prefill_seconds = 0.0
         self.busy_seconds = 0.0
         self.num_decode_steps = 0
         self.num_decode_rows = 0
+        self.num_riding_rows = 0
         self.num_preemptions = 0
         self.waiting: deque[_Request] = deque()
         self._cost = cost
         self._policy = policy
         self._limits = limits
+        self._host = host
+        self._host_free = 0.0
         self._num_used = 0  # KV tokens, with half a block for each sequence's last one
         self._num_joined = 0
         self._groups = [_Group() for _ in range(cost.layout.pp)]
@@ -111,6 +128,11 @@ class _Replica:
         assert not self.waiting, "the simulated engine stalled"
 
     def _pass_through(self, work: StepWork, ready: float) -> float:
+        after = self._cost.sample_seconds()
+        if self._host is not None:
+            seconds = self._host.step_seconds + work.num_rows * self._host.row_seconds
+            ready = self._host_free = max(ready, self._host_free) + seconds
+            after = self._cost.feedback_seconds()
         send = self._cost.send_seconds(work.num_tokens) if len(self._stage_free) > 1 else 0.0
         start = max(ready, self._stage_free[0])
         for stage, seconds in enumerate(self._cost.stage_seconds(work)):
@@ -120,7 +142,7 @@ class _Replica:
             self.busy_seconds += seconds / len(self._stage_free)
         if work.prefill_pairs:
             self.prefill_seconds += (end - start) / len(self._stage_free)
-        self.end = end + self._cost.sample_seconds()
+        self.end = end + after
         return self.end
 
     # Making a step
@@ -130,6 +152,8 @@ class _Replica:
         if self._policy is BatchPolicy.CHUNKED:
             decode = self._decode_rows(group)
             prompts, finish = self._chunks(group, self._limits.max_num_batched_tokens - decode.num_rows)
+            if prompts.num_tokens:
+                self.num_riding_rows += decode.num_rows
             return add_work(decode, prompts), finish
         if self._policy is BatchPolicy.DECODE_FIRST:
             group.is_filling |= not group.running
@@ -233,6 +257,7 @@ def run_static_engine(
     policy: BatchPolicy,
     lengths: Sequence[RequestLength],
     dtype: str = "bfloat16",
+    host: HostWork | None = None,
 ) -> SimulatedRun:
     """Simulate the whole input; request i goes to replica i modulo their number.
 
@@ -245,13 +270,14 @@ def run_static_engine(
             "use more devices, or shorten it"
         )
     cost = CostModel(shape, hardware, layout, dtype)
-    replicas = [_Replica(cost, policy, limits) for _ in range(layout.dp)]
+    replicas = [_Replica(cost, policy, limits, host) for _ in range(layout.dp)]
     for index, length in enumerate(lengths):
         replicas[index % layout.dp].waiting.append(_Request(length.input_tokens, length.output_tokens))
     for replica in replicas:
         replica.run()
     last = max(replicas, key=lambda replica: replica.end)
     num_steps = sum(replica.num_decode_steps for replica in replicas)
+    num_rows = sum(replica.num_decode_rows for replica in replicas)
     return SimulatedRun(
         num_requests=len(lengths),
         seconds=last.end,
@@ -261,5 +287,6 @@ def run_static_engine(
         num_transitions=0,
         num_evictions=sum(replica.num_preemptions for replica in replicas),
         busy_share=sum(replica.busy_seconds for replica in replicas) / (last.end * len(replicas)),
-        mean_decode_batch=sum(replica.num_decode_rows for replica in replicas) / num_steps if num_steps else 0.0,
+        mean_decode_batch=num_rows / num_steps if num_steps else 0.0,
+        riding_share=sum(replica.num_riding_rows for replica in replicas) / num_rows if num_rows else 0.0,
     )

@@ -13,7 +13,7 @@ from seesaw_ds.layout import LayoutPair, ParallelLayout
 from seesaw_ds.plan.candidates import broken_rule, layout_pairs
 from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.outcome import SimulatedRun
-from seesaw_ds.plan.static_engine import BatchPolicy, StaticEngineLimits, run_static_engine
+from seesaw_ds.plan.static_engine import BatchPolicy, HostWork, StaticEngineLimits, run_static_engine
 from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.shapes import DTYPE_BYTES, ModelShape
 
@@ -62,12 +62,17 @@ def best_static_plan(
     hardware: HardwareProfile,
     layouts: Sequence[ParallelLayout],
     lengths: Sequence[RequestLength],
+    host: HostWork | None = None,
 ) -> StaticPlan | None:
     """The fastest of `layouts` with any policy and step size; None when none fits.
 
     All layouts are simulated in chunks of the middle size; the few fastest then with every other setting.
     """
-    first = [plan for layout in layouts if (plan := _simulate(run, shape, hardware, layout, *_FIRST_TRY, lengths))]
+
+    def simulate(layout: ParallelLayout, policy: BatchPolicy, step_tokens: int) -> StaticPlan | None:
+        return _simulate(run, shape, hardware, layout, policy, step_tokens, lengths, host)
+
+    first = [plan for layout in layouts if (plan := simulate(layout, *_FIRST_TRY))]
     first.sort(key=lambda plan: plan.simulated.seconds)
     settings = [(BatchPolicy.CHUNKED, tokens) for tokens in CHUNK_TOKENS]
     settings += [(policy, CHUNK_TOKENS[-1]) for policy in (BatchPolicy.PREFILL_FIRST, BatchPolicy.DECODE_FIRST)]
@@ -76,7 +81,7 @@ def best_static_plan(
         plan
         for finalist in first[:_NUM_FINALISTS]
         for policy, tokens in settings
-        if (plan := _simulate(run, shape, hardware, finalist.layout, policy, tokens, lengths))
+        if (plan := simulate(finalist.layout, policy, tokens))
     ]
     return min(first + tuned, key=lambda plan: plan.simulated.seconds, default=None)
 
@@ -89,11 +94,12 @@ def _simulate(
     policy: BatchPolicy,
     step_tokens: int,
     lengths: Sequence[RequestLength],
+    host: HostWork | None,
 ) -> StaticPlan | None:
     """One simulation; None when the longest request does not fit beside the weights."""
     num_kv_tokens = static_kv_tokens(run, shape, hardware, layout, step_tokens)
     limits = StaticEngineLimits(num_kv_tokens, run.max_num_seqs, step_tokens, run.kv_block_size)
     if not limits.holds(lengths):
         return None
-    simulated = run_static_engine(shape, hardware, layout, limits, policy, lengths, dtype_name(run, shape))
+    simulated = run_static_engine(shape, hardware, layout, limits, policy, lengths, dtype_name(run, shape), host)
     return StaticPlan(layout, policy, step_tokens, simulated)

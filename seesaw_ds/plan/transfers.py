@@ -2,66 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from seesaw_ds.layout import LayoutPair, ParallelLayout, Phase
 from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.shapes import DTYPE_BYTES, ModelShape
 
 
+class TransitionSeconds(NamedTuple):
+    """Seconds of a transition one way: the weights', and each KV block's that stays on the devices."""
+
+    weights: float
+    kv_block: float
+
+
 @dataclass(frozen=True, slots=True)
 class ReshardSeconds:
-    """Seconds to take the other phase's weights, by the phase that is entered."""
+    """Seconds to take the other phase's layout, by the phase that is entered."""
 
-    to_prefill: float
-    to_decode: float
+    to_prefill: TransitionSeconds
+    to_decode: TransitionSeconds
 
-    def to(self, phase: Phase) -> float:
-        """Seconds of the transition into `phase`."""
-        return self.to_prefill if phase is Phase.PREFILL else self.to_decode
+    def to(self, phase: Phase, num_kv_blocks: int = 0) -> float:
+        """Seconds of the transition into `phase` with `num_kv_blocks` blocks on the devices."""
+        way = self.to_prefill if phase is Phase.PREFILL else self.to_decode
+        return way.weights + num_kv_blocks * way.kv_block
 
 
 def reshard_seconds(
-    shape: ModelShape, pair: LayoutPair, hardware: HardwareProfile, dtype: str, weight_reshard: str
+    shape: ModelShape, pair: LayoutPair, hardware: HardwareProfile, dtype: str, weight_reshard: str, block_size: int
 ) -> ReshardSeconds:
-    """Seconds of a transition's weights, for the rank that waits longest.
+    """Seconds of a transition, for the rank that waits longest; a static pair moves nothing.
 
-    "exchange" receives what the rank does not hold yet, layer by layer, from other devices; "host" copies the whole
-    shard from host memory, all devices at once. A static pair moves nothing.
+    Weights: "exchange" receives what the rank does not hold yet, layer by layer, from other devices; "host" copies the
+    whole shard from host memory, all devices at once. A KV block of `block_size` tokens is read and written in device
+    memory once, and what the rank does not hold yet of it comes from other devices.
     """
-    return ReshardSeconds(
-        _one_way(shape, pair, pair.decode, pair.prefill, hardware, dtype, weight_reshard),
-        _one_way(shape, pair, pair.prefill, pair.decode, hardware, dtype, weight_reshard),
-    )
+    ways = {}
+    for to in Phase:
+        weights = kv_block = 0.0
+        if not pair.is_static:
+            source, target = pair[to.other], pair[to]
+            weights = _weights_seconds(shape, pair.cells_per_layer, source, target, hardware, dtype, weight_reshard)
+            kv_block = _kv_block_seconds(shape, source, target, hardware, dtype, block_size)
+        ways[to] = TransitionSeconds(weights, kv_block)
+    return ReshardSeconds(ways[Phase.PREFILL], ways[Phase.DECODE])
 
 
-def _one_way(
+def _parts(source: ParallelLayout, target: ParallelLayout, num_layers: int, width: int) -> Iterator[tuple[int, int]]:
+    """Of each rank's new shard of `num_layers` x `width` parts: how many there are, how many it does not hold yet."""
+    for rank in range(target.replica_size):
+        new = target.shard(rank, num_layers, width)
+        kept = new.intersect(source.shard(rank, num_layers, width))
+        num_new = new.layers.size * new.kv_heads.size
+        yield num_new, num_new - kept.layers.size * kept.kv_heads.size
+
+
+def _weights_seconds(
     shape: ModelShape,
-    pair: LayoutPair,
+    cells: int,
     source: ParallelLayout,
     target: ParallelLayout,
     hardware: HardwareProfile,
     dtype: str,
     weight_reshard: str,
 ) -> float:
-    if pair.is_static:
-        return 0.0
-    cells = pair.cells_per_layer
     cell_bytes = shape.layer_parameters * DTYPE_BYTES[dtype] / cells
-    longest = 0.0
-    for rank in range(pair.replica_size):
-        old = source.shard(rank, shape.num_layers, cells)
-        new = target.shard(rank, shape.num_layers, cells)
-        new_cells = new.layers.size * new.kv_heads.size
-        if weight_reshard == "host":
-            seconds = new_cells * cell_bytes / hardware.host_to_device
-        else:
-            kept = old.intersect(new)
-            num_received = new_cells - kept.layers.size * kept.kv_heads.size
-            seconds = num_received * cell_bytes / hardware.send_bandwidth
-            seconds += hardware.send_seconds * shape.num_layers
-        longest = max(longest, seconds)
-    return longest
+    parts = list(_parts(source, target, shape.num_layers, cells))
+    if weight_reshard == "host":
+        return max(num_new for num_new, _ in parts) * cell_bytes / hardware.host_to_device
+    num_received = max(received for _, received in parts)
+    return num_received * cell_bytes / hardware.send_bandwidth + hardware.send_seconds * shape.num_layers
+
+
+def _kv_block_seconds(
+    shape: ModelShape,
+    source: ParallelLayout,
+    target: ParallelLayout,
+    hardware: HardwareProfile,
+    dtype: str,
+    block_size: int,
+) -> float:
+    part_bytes = shape.kv_block_bytes(1, 1, block_size, dtype)
+    bandwidth = hardware.memory_bandwidth * hardware.memory_efficiency
+    return max(
+        part_bytes * (2 * num_new / bandwidth + num_received / hardware.send_bandwidth)
+        for num_new, num_received in _parts(source, target, shape.num_layers, shape.num_kv_heads)
+    )
 
 
 @dataclass(slots=True)

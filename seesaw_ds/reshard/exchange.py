@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from seesaw_ds.layout import Phase
+from seesaw_ds.parallel.transport import Handle, Transport
 from seesaw_ds.reshard.arena import WeightArena
 from seesaw_ds.reshard.plan import CellTensor, ReshardPlan, Transfer
 
@@ -27,9 +27,9 @@ class _Piece(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """Messages under way, and what to copy where when they have arrived."""
+    """A piece under way, and what to copy where when it has arrived."""
 
-    works: list[dist.Work]
+    handle: Handle
     buffer: torch.Tensor
     target: torch.Tensor | None
 
@@ -37,8 +37,8 @@ class _Step(NamedTuple):
 class ExchangeReshard:
     """Exchanges cells among the ranks of one replica without a second copy of the weights.
 
-    `group` holds (at least) the replica's ranks, and `ranks` their global numbers in replica order. All of them must
-    call the constructor and every `run` together. `phase` is whose placement the arena has at the start.
+    `transport` connects (at least) the replica's ranks, and `ranks` are their global numbers in replica order. All of
+    them must call every `run` together. `phase` is whose placement the arena has at the start.
 
     Raises ValueError when the plan's layouts are not nested.
     """
@@ -47,14 +47,14 @@ class ExchangeReshard:
         self,
         plan: ReshardPlan,
         arena: WeightArena,
-        group: dist.ProcessGroup,
+        transport: Transport,
         replica_rank: int,
         ranks: Sequence[int],
         phase: Phase = Phase.PREFILL,
     ) -> None:
         self._rounds = {to_phase: plan.rounds(to_phase) for to_phase in Phase}
         self._arena = arena
-        self._group = group
+        self._transport = transport
         self._rank = replica_rank
         self._global_ranks = tuple(ranks)
         self._phase = phase
@@ -65,8 +65,6 @@ class ExchangeReshard:
         if self._rounds[Phase.DECODE]:
             numel = max(piece.numel for piece in self._pieces)
             self._buffers = [torch.empty(numel, dtype=arena.dtype, device=arena.device) for _ in range(2)]
-            # NCCL connects a group in its first collective, which all must join; in a round some ranks may be idle.
-            dist.all_reduce(torch.zeros(1, device=arena.device), group=group)
 
     def run(self, to_phase: Phase) -> int:
         """Exchange cells until the arena has the placement of `to_phase`; returns the bytes received.
@@ -83,7 +81,7 @@ class ExchangeReshard:
         return received_bytes
 
     def close(self) -> None:
-        """Release the buffers; the arena and the group are the caller's."""
+        """Release the buffers; the arena and the transport are the caller's."""
         self._buffers.clear()
 
     def _run_round(self, outgoing: Transfer | None, incoming: Transfer | None) -> int:
@@ -106,26 +104,23 @@ class ExchangeReshard:
     def _start(
         self, piece: _Piece, outgoing: Transfer | None, incoming: Transfer | None, buffer: torch.Tensor
     ) -> _Step:
-        ops = []
+        sends, receives = [], []
         target = None
         if outgoing is not None:
-            peer = self._global_ranks[outgoing.dst_rank]
-            ops.append(dist.P2POp(dist.isend, self._view(piece, outgoing.src_slot), peer, self._group))
+            sends.append((self._view(piece, outgoing.src_slot), self._global_ranks[outgoing.dst_rank]))
         if incoming is not None:
-            peer = self._global_ranks[incoming.src_rank]
             landing = self._view(piece, incoming.dst_slot)
             if outgoing is not None and incoming.dst_slot == outgoing.src_slot:
                 target, landing = landing, buffer[: piece.numel]
-            ops.append(dist.P2POp(dist.irecv, landing, peer, self._group))
-        return _Step(dist.batch_isend_irecv(ops), buffer, target)
+            receives.append((landing, self._global_ranks[incoming.src_rank]))
+        return _Step(self._transport.exchange(sends, receives), buffer, target)
 
     def _view(self, piece: _Piece, slot: int) -> torch.Tensor:
         return self._arena.cell(piece.name, slot)[piece.start : piece.stop].flatten()
 
 
 def _finish(step: _Step) -> None:
-    for work in step.works:
-        work.wait()
+    step.handle.wait()
     if step.target is not None:
         step.target.copy_(step.buffer[: step.target.numel()])
 

@@ -13,7 +13,7 @@ _MAX_STEPS_IN_FLIGHT = 2
 
 
 class DecodeGroups:
-    """The running sequences, in as many groups as decode has stages; the groups step in turn::
+    """The running sequences, in as many groups as the phase has stages; the groups step in turn::
 
         2 stages   stage 0   g0 g1 g0 g1 ...
                    stage 1      g0 g1 g0 ...
@@ -25,15 +25,15 @@ class DecodeGroups:
     def __init__(self, limits: SchedulerLimits, pools: KvPools) -> None:
         self._block_size = limits.block_size
         self._pools = pools
-        self._groups: list[dict[int, Sequence]] = [{} for _ in range(limits.decode_stages)]
-        self._num_in_flight = [0] * limits.decode_stages
-        self._batches: dict[int, tuple[int, list[Sequence]]] = {}
+        self._groups: list[dict[int, Sequence]] = [{} for _ in range(limits.prefill_stages)]
+        self._num_in_flight = [0] * limits.prefill_stages
+        self._batches: dict[int, tuple[int | None, list[Sequence]]] = {}
         self._next_group = 0
         self._victims: dict[int, Sequence] = {}
 
     @property
     def has_steps_in_flight(self) -> bool:
-        """Whether a decode step is unanswered."""
+        """Whether a step with decode rows is unanswered."""
         return bool(self._batches)
 
     def members(self) -> Iterator[Sequence]:
@@ -58,20 +58,52 @@ class DecodeGroups:
         self._rebalance()
         num_groups = len(self._groups)
         for group in ((self._next_group + i) % num_groups for i in range(num_groups)):
-            if self._num_in_flight[group] == _MAX_STEPS_IN_FLIGHT:
-                continue
-            if rows := self._issue_rows(group):
-                self._next_group = (group + 1) % num_groups
-                self._num_in_flight[group] += 1
-                self._batches[step_id] = (group, [self._groups[group][row.seq_id] for row in rows])
+            if rows := self._step(step_id, group):
                 return DecodeBatch(step_id, group, rows)
         return None
 
+    def rows_to_ride(self, step_id: int) -> tuple[int, tuple[DecodeRow, ...]]:
+        """The next group and its rows, which may be none, for a prefill micro-batch to take along.
+
+        Groups ride in turn, so that a row's token is known in the first stage when its group comes round.
+        """
+        self._rebalance()
+        group = self._next_group
+        self._next_group = (group + 1) % len(self._groups)
+        return group, self._step(step_id, group)
+
     def finish_batch(self, step_id: int) -> list[Sequence]:
-        """The sequences of an answered step, in the order of its rows."""
+        """The sequences of an answered step, in the order of its rows; none when it had no rows."""
+        if step_id not in self._batches:
+            return []
         group, sequences = self._batches.pop(step_id)
-        self._num_in_flight[group] -= 1
+        if group is not None:
+            self._num_in_flight[group] -= 1
         return sequences
+
+    @property
+    def num_victims(self) -> int:
+        """Sequences marked to be evicted and not yet taken out."""
+        return len(self._victims)
+
+    def mark_victim(self, seq: Sequence) -> None:
+        """Have `seq` evicted as soon as it has no step in flight."""
+        self._victims[seq.seq_id] = seq
+
+    def start_phase(self, num_stages: int) -> None:
+        """Regroup for a pipeline of `num_stages`.
+
+        Whoever has steps in flight may step again at once: workers share their tokens when they change phase.
+        """
+        members = list(self.members())
+        self._groups = [{} for _ in range(num_stages)]
+        self._num_in_flight = [0] * num_stages
+        self._batches = {step_id: (None, sequences) for step_id, (_, sequences) in self._batches.items()}
+        self._next_group = 0
+        self._victims.clear()
+        for i, seq in enumerate(members):
+            self._put(seq, i % num_stages)
+            seq.step_group = seq.group
 
     def pop_victim(self) -> Sequence | None:
         """A sequence to evict now, taken out of its group: marked, and with no step in flight."""
@@ -81,9 +113,16 @@ class DecodeGroups:
                 return seq
         return None
 
-    def spare_victims(self) -> None:
-        """Unmark all victims: nobody needs their blocks now."""
-        self._victims.clear()
+    def _step(self, step_id: int, group: int) -> tuple[DecodeRow, ...]:
+        """Issue a step of `group`; its rows, none when it has none to make now."""
+        if self._num_in_flight[group] == _MAX_STEPS_IN_FLIGHT:
+            return ()
+        rows = self._issue_rows(group)
+        if rows:
+            self._next_group = (group + 1) % len(self._groups)
+            self._num_in_flight[group] += 1
+            self._batches[step_id] = (group, [self._groups[group][row.seq_id] for row in rows])
+        return rows
 
     def _put(self, seq: Sequence, group: int) -> None:
         seq.group = group
@@ -127,11 +166,11 @@ class DecodeGroups:
         if reserve.allows_growth(seq.seq_id):
             return True
         if reserve.designated is None:
-            oldest = min(self._candidates(), key=lambda candidate: candidate.order)
+            oldest = min(self.candidates(), key=lambda candidate: candidate.order)
             reserve.designate(oldest.seq_id)
         return seq.seq_id == reserve.designated
 
-    def _candidates(self) -> list[Sequence]:
+    def candidates(self) -> list[Sequence]:
         """Running sequences that are not to be evicted."""
         return [seq for seq in self.members() if seq.seq_id not in self._victims]
 
@@ -147,7 +186,7 @@ class DecodeGroups:
         num_host_free = self._pools.host.num_free - sum(len(seq.gpu_blocks) for seq in self._victims.values())
         num_lacking = len(lacking)
         designated = self._pools.reserve.designated
-        by_age = sorted(self._candidates(), key=lambda seq: (seq.seq_id != designated, seq.order))
+        by_age = sorted(self.candidates(), key=lambda seq: (seq.seq_id != designated, seq.order))
         for victim in reversed(by_age[1:]):
             if num_coming >= num_lacking:
                 return

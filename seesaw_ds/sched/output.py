@@ -4,15 +4,17 @@ The scheduler is pure: it never sees a token's logits, a tensor or a clock. `Sch
 action (or None when nothing can start before something finishes), and every action is answered by one event,
 in any order across kinds::
 
-    PrefillBatch -> PrefillDone       its first tokens, of the sequences whose prompt ends in the batch
-                 -> SwapOutDone       once per sequence: its whole prompt's KV is in the host pool
+    PrefillBatch -> PrefillDone       the tokens of its decode rows, and first tokens of prompts that end in it
+                 -> SwapOutDone       for each of its prompts that goes to the host: its KV is there
+    Activate                          (no event: nothing is copied)
     DecodeBatch  -> DecodeDone
     SwapIn       -> SwapInDone
     Evict        -> EvictDone
     SwitchPhase  -> PhaseSwitched
 
 Workers execute actions in the order given, except that SwapIn, Evict and the swap-outs of a PrefillBatch run
-beside the compute; the scheduler reuses their blocks only after their event.
+beside the compute; the scheduler reuses their blocks only after their event. All KV on the GPU is in the layout of
+the phase: a SwitchPhase completes the copies before it, and re-shards the blocks that it names with the weights.
 """
 
 from __future__ import annotations
@@ -27,19 +29,25 @@ from seesaw_ds.requests import FinishReason
 class SchedulerLimits:
     """Sizes that bound what the scheduler may do, for one replica.
 
-    `num_prefill_blocks` is the pool in prefill layout that holds prompts until they are swapped out,
-    `num_gpu_blocks` the pool in decode layout, `num_host_blocks` the host pool; all count blocks of `block_size`
-    tokens. `prefill_stages` and `decode_stages` are the two phases' pipeline depths.
+    `num_gpu_blocks` is the pool on the devices, `num_host_blocks` the host pool; both count blocks of `block_size`
+    tokens. `prefill_stages` and `decode_stages` are the two phases' pipeline depths. `mixes_steps`: sequences go on
+    decoding during a prefill phase, as rows of its micro-batches. `is_static`: both phases have one layout.
     """
 
     block_size: int
-    num_prefill_blocks: int
     num_gpu_blocks: int
     num_host_blocks: int
     max_num_seqs: int
     max_num_batched_tokens: int
     prefill_stages: int
     decode_stages: int
+    mixes_steps: bool = True
+    is_static: bool = False
+
+    @property
+    def has_one_phase(self) -> bool:
+        """Whether decode steps and micro-batches alternate freely, so that the phase never changes."""
+        return self.mixes_steps and self.is_static
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +65,8 @@ class SequenceSpec:
 class PrefillChunk:
     """Tokens ``start .. start + num_tokens`` of a prompt.
 
-    `block_ids` is the sequence's whole table in the prefill pool; `host_block_ids` is where the KV goes, and is
-    given with the last chunk only (`is_last`), which also samples the first output token.
+    `block_ids` is the sequence's whole table on the GPU. The last chunk (`is_last`) samples the first output token;
+    it names `host_block_ids` when the prompt's KV is to go to the host.
     """
 
     seq_id: int
@@ -67,14 +75,6 @@ class PrefillChunk:
     block_ids: tuple[int, ...]
     is_last: bool
     host_block_ids: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillBatch:
-    """One micro-batch for the prefill pipeline."""
-
-    step_id: int
-    chunks: tuple[PrefillChunk, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +100,31 @@ class DecodeBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class SwapIn:
-    """Copy a sequence's KV from the host pool to the GPU pool and give it `slot` (its worker-side state).
+class PrefillBatch:
+    """One micro-batch for the prefill pipeline: chunks of prompts, and `rows` of decode `group` that ride with them."""
+
+    step_id: int
+    chunks: tuple[PrefillChunk, ...]
+    group: int = 0
+    rows: tuple[DecodeRow, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Activate:
+    """Give `slot` (its worker-side state) to a sequence whose prompt's KV stays on the GPU.
 
     `num_tokens` is how many tokens the KV covers: the sequence's length less one, whose KV the next step writes.
     """
+
+    seq_id: int
+    slot: int
+    num_tokens: int
+    gpu_block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SwapIn:
+    """Copy a sequence's KV from the host pool to the GPU pool and give it `slot`; `num_tokens` as for `Activate`."""
 
     seq_id: int
     slot: int
@@ -125,17 +145,21 @@ class Evict:
 
 @dataclass(frozen=True, slots=True)
 class SwitchPhase:
-    """Take the other phase's layout: workers re-shard their weights after the steps given before it."""
+    """Take the other phase's layout: workers re-shard weights and KV after the steps given before it.
+
+    `gpu_block_ids` are the blocks whose KV is still needed.
+    """
 
     to: Phase
+    gpu_block_ids: tuple[int, ...] = ()
 
 
-Action = PrefillBatch | DecodeBatch | SwapIn | Evict | SwitchPhase
+Action = PrefillBatch | DecodeBatch | Activate | SwapIn | Evict | SwitchPhase
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillDone:
-    """A micro-batch left the pipeline. `tokens` are (seq_id, first output token) of chunks with `is_last`."""
+    """A micro-batch left the pipeline. `tokens` are (seq_id, token) of its rows, then of its chunks with `is_last`."""
 
     step_id: int
     tokens: tuple[tuple[int, int], ...]

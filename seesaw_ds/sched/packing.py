@@ -44,27 +44,24 @@ def micro_batch_cost(work: int, num_stages: int, overhead: int, full_cost: int) 
 class MicroBatchRoom:
     """What is left of one micro-batch's token and cost budgets while it is being filled."""
 
-    def __init__(self, num_tokens: int, cost: int, block_size: int, pairs_per_token: int) -> None:
+    def __init__(self, num_tokens: int, cost: int, pairs_per_token: int) -> None:
         self._num_tokens = num_tokens
         self._cost = cost
-        self._block_size = block_size
         self._pairs_per_token = pairs_per_token
         self._is_empty = True
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no token more fits."""
+        return self._num_tokens == 0 or self._cost <= 0
 
     def fit(self, start: int, num_remaining: int) -> int:
         """How many of a prompt's `num_remaining` tokens from `start` on go into this micro-batch; 0 when it is full.
 
-        A prompt that does not fit is cut at a block boundary, where there is one in reach. An empty micro-batch
-        takes at least one token.
+        An empty micro-batch takes at least one token.
         """
         by_cost = tokens_within_cost(start, self._cost, self._pairs_per_token)
-        num_tokens = min(num_remaining, self._num_tokens, max(by_cost, int(self._is_empty)))
-        if num_tokens == num_remaining:
-            return num_tokens
-        up_to_boundary = (start + num_tokens) // self._block_size * self._block_size - start
-        if up_to_boundary > 0:
-            return up_to_boundary
-        return num_tokens if self._is_empty else 0
+        return min(num_remaining, self._num_tokens, max(by_cost, int(self._is_empty)))
 
     def take(self, start: int, num_tokens: int) -> None:
         """Spend the budgets on a chunk."""

@@ -1,14 +1,15 @@
-"""The transition-minimizing scheduler: prefill until the host pool is full, decode until it is empty.
+"""The transition-minimizing scheduler: prefill until the GPU and the host are full, decode until the host is empty.
 
-It follows the paper's section on transition-minimizing scheduling: prompts are prefilled in one layout and their
-KV goes to the host pool; the phase turns to decode when the next prompt finds no room there (or none is left), and
-back when every sequence has moved to the GPU. Running sequences keep their GPU KV during a prefill phase, and
-sequences are copied from the host to the GPU in both phases, whenever there is room.
+It follows the paper's section on transition-minimizing scheduling, and goes beyond it in one thing. Prompts are
+prefilled in one layout; their KV stays on the GPU where it is expected to have room to grow, else it goes to the host
+pool. The phase turns to decode when the next prompt finds no room in either (or none is left), and back when every
+sequence has moved to the GPU. What is beyond the paper: sequences on the GPU go on decoding during a prefill phase, as
+rows of its micro-batches (`SchedulerLimits.mixes_steps`), which are compute-bound and read the weights anyway.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 
 from seesaw_ds.layout import Phase
 from seesaw_ds.sched.blocks import blocks_for
@@ -16,6 +17,7 @@ from seesaw_ds.sched.decode import DecodeGroups
 from seesaw_ds.sched.forecast import LengthForecast
 from seesaw_ds.sched.output import (
     Action,
+    Activate,
     DecodeBatch,
     DecodeDone,
     Event,
@@ -32,10 +34,15 @@ from seesaw_ds.sched.output import (
     SwitchPhase,
 )
 from seesaw_ds.sched.pools import KvPools
-from seesaw_ds.sched.prefetch import Prefetcher
 from seesaw_ds.sched.prefill import PrefillQueue
+from seesaw_ds.sched.residency import Residency
 from seesaw_ds.sched.sequence import Sequence, SequenceState
 from seesaw_ds.sched.stats import SchedulerStats, TransitionReason
+
+_ON_GPU = (SequenceState.PREFILLING, SequenceState.SWAPPING_IN, SequenceState.RUNNING)
+# Sequences that make room for others at once.
+_MOST_YIELDING = 4
+_IN_TRANSIT = (SequenceState.SWAPPING_OUT, SequenceState.SWAPPING_IN, SequenceState.EVICTING, SequenceState.ENDED)
 
 
 class Scheduler:
@@ -55,10 +62,11 @@ class Scheduler:
         self.phase = Phase.PREFILL
         self.transitions: list[TransitionReason] = []
         self._pools = KvPools(limits)
-        self._prefill = PrefillQueue(limits, self._pools, pairs_per_token)
-        self._decode = DecodeGroups(limits, self._pools)
         self._forecast = LengthForecast(expected_output_tokens)
-        self._prefetcher = Prefetcher(self._pools, limits.block_size, self._forecast)
+        self._residency = Residency(self._pools, limits.block_size, self._forecast)
+        self._decode = DecodeGroups(limits, self._pools)
+        self._prefill = PrefillQueue(limits, self._pools, self._residency, self._decode, pairs_per_token)
+        self._to_activate: deque[Sequence] = deque()
         self._input_closed = False
         self._is_switching = False
         self._num_added = 0
@@ -97,9 +105,11 @@ class Scheduler:
 
     @property
     def wants_input(self) -> bool:
-        """Whether the waiting prompts could leave the host pool unfilled, one micro-batch counted on top."""
-        look_ahead = blocks_for(self.limits.max_num_batched_tokens, self.limits.block_size)
-        return not self._input_closed and self._prefill.waiting_blocks < self.limits.num_host_blocks + look_ahead
+        """Whether the waiting prompts could leave the pools unfilled, one micro-batch counted on top."""
+        limits = self.limits
+        look_ahead = blocks_for(limits.max_num_batched_tokens, limits.block_size)
+        room = limits.num_gpu_blocks + limits.num_host_blocks + look_ahead
+        return not self._input_closed and self._prefill.waiting_blocks < room
 
     @property
     def is_done(self) -> bool:
@@ -114,17 +124,15 @@ class Scheduler:
                 f"max_tokens={spec.max_tokens} must both be at least 1"
             )
         limits = self.limits
-        prompt = blocks_for(spec.num_prompt_tokens, limits.block_size)
         peak = blocks_for(spec.num_prompt_tokens + spec.max_tokens - 1, limits.block_size)
-        for name, needed, available in (
-            ("num_prefill_blocks", prompt, limits.num_prefill_blocks),
-            ("num_gpu_blocks", peak, limits.num_gpu_blocks),
-            ("num_host_blocks", peak, limits.num_host_blocks),
+        for name, available in (
+            ("num_gpu_blocks", limits.num_gpu_blocks),
+            ("num_host_blocks", limits.num_host_blocks),
         ):
-            if needed > available:
+            if peak > available:
                 raise ValueError(
                     f"seq_id={spec.seq_id}: {spec.num_prompt_tokens} prompt tokens and max_tokens={spec.max_tokens} "
-                    f"need {needed} blocks of {limits.block_size}, but {name}={available}; "
+                    f"need {peak} blocks of {limits.block_size}, but {name}={available}; "
                     "give the pool more memory, or shorten the request"
                 )
 
@@ -132,13 +140,39 @@ class Scheduler:
 
     def schedule(self) -> Action | None:
         """The next action, or None when nothing can start before an event or more input."""
-        if (swap_in := self._prefetcher.next_swap_in()) is not None:
-            return swap_in
+        if (activate := self._next_activate()) is not None:
+            return activate
         if self._is_switching:
             return None
+        # Nothing is in transit while the phase is decode.
+        margin = self._prefill.transit_margin if self.phase is Phase.PREFILL else 0
+        swap_in = self._residency.next_swap_in(margin, self._is_end_game)
+        if swap_in is not None:
+            return swap_in
+        if self._is_end_game:
+            self._mark_yielder()
         if self.phase is Phase.PREFILL:
             return self._next_prefill()
         return self._next_decode() or self._next_evict()
+
+    @property
+    def _is_end_game(self) -> bool:
+        """Whether no prompt is left to admit."""
+        return self._input_closed and self._prefill.num_waiting == 0
+
+    def _mark_yielder(self) -> None:
+        """Have a running sequence make room for one on the host that has more to go, if that helps."""
+        if self._decode.num_victims < _MOST_YIELDING:
+            seq = self._residency.find_yielder(self._decode.candidates())
+            if seq is not None and len(seq.gpu_blocks) <= self._pools.host.num_free:
+                self._decode.mark_victim(seq)
+
+    def _next_activate(self) -> Activate | None:
+        while self._to_activate:
+            seq = self._to_activate.popleft()
+            if seq.state is SequenceState.RUNNING:
+                return self._pools.activate(seq)
+        return None
 
     def _next_evict(self) -> Evict | None:
         seq = self._decode.pop_victim()
@@ -149,21 +183,35 @@ class Scheduler:
         seq.in_flight += 1
         return self._pools.start_evict(seq)
 
-    def _next_prefill(self) -> PrefillBatch | SwitchPhase | None:
+    def _next_prefill(self) -> PrefillBatch | DecodeBatch | Evict | SwitchPhase | None:
         if (batch := self._prefill.next_batch(self._num_steps)) is not None:
             self._num_steps += 1
             return batch
-        if self._prefill.has_chunks_left or not self._has_sequence_to_decode():
+        step = None
+        if self.limits.has_one_phase and not self._prefill.is_pipeline_full:
+            step = self._next_step()
+        if (action := step or self._next_evict()) is not None:
+            return action
+        if self._prefill.has_chunks_left or self.limits.has_one_phase:
             return None
-        head = self._prefill.head
-        if head is not None:
-            return None if self._will_admit(head) else self._switch(Phase.DECODE, TransitionReason.HOST_FULL)
+        if not self._has_sequence_to_decode():
+            return None
+        if self._prefill.head is not None:
+            return None if self._is_in_flux() else self._switch(Phase.DECODE, TransitionReason.HOST_FULL)
         return self._switch(Phase.DECODE, TransitionReason.NO_PROMPT_LEFT) if self._input_closed else None
 
     def _next_decode(self) -> DecodeBatch | SwitchPhase | None:
-        head = self._prefill.head
-        if head is not None and self._pools.host.num_used == 0 and self._pools.can_admit(head):
+        if self._pools.host.num_used == 0 and self._can_prefill():
             return self._switch(Phase.PREFILL, TransitionReason.HOST_EMPTY)
+        return self._next_step()
+
+    def _can_prefill(self) -> bool:
+        """Whether the GPU has room for the next prompt, and for those that will pass through to the host."""
+        pools = self._pools
+        is_room = pools.gpu.num_free >= self._prefill.transit_margin or not pools.slot_holders
+        return is_room and self._prefill.can_admit()
+
+    def _next_step(self) -> DecodeBatch | None:
         if (batch := self._decode.next_batch(self._num_steps)) is not None:
             self._num_steps += 1
         return batch
@@ -173,8 +221,14 @@ class Scheduler:
         self._is_switching = True
         self.transitions.append(reason)
         self._prefill.start_phase()
-        self._decode.spare_victims()
-        return SwitchPhase(to)
+        self._residency.notice_room()
+        self._decode.start_phase(self.limits.prefill_stages if to is Phase.PREFILL else self.limits.decode_stages)
+        blocks: list[int] = []
+        if not self.limits.is_static:
+            for seq in self._pools.slot_holders.values():
+                if seq.state in _ON_GPU and not seq.is_fully_issued:
+                    blocks += seq.gpu_blocks
+        return SwitchPhase(to, tuple(blocks))
 
     def _has_sequence_to_decode(self) -> bool:
         """Whether some sequence has its first token and needs more."""
@@ -182,25 +236,21 @@ class Scheduler:
             seq.state not in (SequenceState.PREFILLING, SequenceState.ENDED) for seq in self._pools.owners.values()
         )
 
-    def _will_admit(self, prompt: Sequence) -> bool:
-        """Whether `prompt` has room on the host now, or will have it without a change of phase."""
-        pools = self._pools
+    def _is_in_flux(self) -> bool:
+        """Whether something is under way whose end may make room for a prompt."""
         return (
-            self._decode.has_steps_in_flight
-            or (
-                prompt.prompt_blocks <= pools.host.num_free
-                and pools.reserve.admits(prompt.prompt_blocks, prompt.peak_blocks)
-            )
-            or self._prefetcher.will_have_host_room(prompt)
+            self._prefill.has_batches_in_flight
+            or self._decode.has_steps_in_flight
+            or any(seq.state in _IN_TRANSIT for seq in self._pools.owners.values())
         )
 
     # Events
 
     def update(self, event: Event) -> list[Finished]:
         """Take the answer to an action; returns the sequences that ended with it."""
-        self._prefetcher.notice_event()
+        self._residency.notice_event()
         if isinstance(event, DecodeDone):
-            return self._on_decode_done(event)
+            return self._on_rows(event.step_id, dict(event.tokens))
         if isinstance(event, PrefillDone):
             return self._on_prefill_done(event)
         if isinstance(event, PhaseSwitched):
@@ -222,34 +272,40 @@ class Scheduler:
             assert isinstance(event, EvictDone)
             assert seq.state is SequenceState.EVICTING
             self._pools.finish_evict(seq)
-            self._prefetcher.push(seq)
+            self._residency.push(seq)
         return []
 
     def _on_prefill_done(self, event: PrefillDone) -> list[Finished]:
-        first_tokens = dict(event.tokens)
-        finished: list[Finished] = []
+        tokens = dict(event.tokens)
+        finished = self._on_rows(event.step_id, tokens)
         for seq, is_last in self._prefill.finish_batch(event.step_id):
             seq.in_flight -= 1
             if seq.state is SequenceState.ENDED:
                 self._release_if_idle(seq)
             elif is_last:
-                finished += self._append(seq, first_tokens[seq.seq_id])
+                finished += self._append(seq, tokens[seq.seq_id])
                 if seq.state is SequenceState.PREFILLING:
-                    seq.state = SequenceState.SWAPPING_OUT
-                    if seq.is_swapped_out:
-                        self._prefetcher.push(seq)
+                    self._leave_prefill(seq)
         return finished
 
-    def _on_swap_out_done(self, seq: Sequence) -> None:
-        self._pools.free_prefill(seq)
-        seq.is_swapped_out = True
-        if seq.state is SequenceState.SWAPPING_OUT:
-            self._prefetcher.push(seq)
+    def _leave_prefill(self, seq: Sequence) -> None:
+        if seq.stays:
+            self._decode.join(seq)
+            self._to_activate.append(seq)
+            return
+        seq.state = SequenceState.SWAPPING_OUT
+        if seq.is_swapped_out:
+            self._residency.push(seq)
 
-    def _on_decode_done(self, event: DecodeDone) -> list[Finished]:
-        tokens = dict(event.tokens)
+    def _on_swap_out_done(self, seq: Sequence) -> None:
+        self._pools.finish_swap_out(seq)
+        self._residency.notice_room()
+        if seq.state is SequenceState.SWAPPING_OUT:
+            self._residency.push(seq)
+
+    def _on_rows(self, step_id: int, tokens: dict[int, int]) -> list[Finished]:
         finished: list[Finished] = []
-        for seq in self._decode.finish_batch(event.step_id):
+        for seq in self._decode.finish_batch(step_id):
             seq.in_flight -= 1
             if seq.state is SequenceState.ENDED:
                 self._release_if_idle(seq)
@@ -270,17 +326,18 @@ class Scheduler:
         if seq.state is SequenceState.RUNNING:
             self._decode.leave(seq)
         self._prefill.drop_chunks(seq)
+        self._residency.drop(seq)
         seq.state = SequenceState.ENDED
         if 0 < seq.num_output_tokens < seq.spec.max_tokens:
             self._forecast.add_stopped()
-        self._prefetcher.notice_room()
+        self._residency.notice_room()
         self._pools.retire(seq)
         self._release_if_idle(seq)
 
     def _release_if_idle(self, seq: Sequence) -> None:
         if seq.in_flight == 0:
             self._pools.release(seq)
-            self._prefetcher.notice_room()
+            self._residency.notice_room()
 
     # Reports
 
@@ -300,8 +357,6 @@ class Scheduler:
             num_host=states[SequenceState.HOST] + states[SequenceState.SWAPPING_IN] + states[SequenceState.EVICTING],
             num_running=states[SequenceState.RUNNING],
             num_finished=self._num_finished,
-            num_prefill_blocks_used=pools.prefill.num_used,
-            num_prefill_blocks=pools.prefill.num_blocks,
             num_gpu_blocks_used=pools.gpu.num_used,
             num_gpu_blocks=pools.gpu.num_blocks,
             num_host_blocks_used=pools.host.num_used,

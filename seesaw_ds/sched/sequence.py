@@ -13,8 +13,9 @@ from seesaw_ds.sched.output import SequenceSpec
 class SequenceState(enum.Enum):
     """Where a sequence stands. One that ends does so from any state, and keeps what is still in use::
 
-    WAITING -> PREFILLING -> SWAPPING_OUT -> HOST -> SWAPPING_IN -> RUNNING -> ENDED
-                                             HOST <-------- EVICTING <-'
+    WAITING -> PREFILLING ----------------------------------------> RUNNING -> ENDED
+                         `-> SWAPPING_OUT -> HOST -> SWAPPING_IN ->|
+                                             HOST <-- EVICTING <---'
     """
 
     WAITING = enum.auto()
@@ -32,7 +33,8 @@ class Sequence:
     """A sequence's progress and the blocks it owns.
 
     `order` rises with arrival. `in_flight` counts the actions that use its blocks and are not answered yet:
-    chunks, the swap-out, decode steps, a swap-in, an eviction. `num_issued_tokens` counts output tokens sampled
+    chunks, the swap-out, decode steps, a swap-in, an eviction. `stays`: its prompt's KV stays on the GPU, and the
+    sequence has a slot from its admission on. `num_issued_tokens` counts output tokens sampled
     or being sampled by a step in flight, `num_output_tokens` only those whose value arrived. `peak_blocks` holds
     the longest it may become; the last sampled token's KV is never written.
     """
@@ -45,8 +47,8 @@ class Sequence:
     num_issued_tokens: int = 0
     num_output_tokens: int = 0
     in_flight: int = 0
+    stays: bool = False
     is_swapped_out: bool = False
-    prefill_blocks: tuple[int, ...] = ()
     host_blocks: tuple[int, ...] = ()
     gpu_blocks: list[int] = field(default_factory=list)
     slot: int | None = None
@@ -62,6 +64,11 @@ class Sequence:
     @property
     def seq_id(self) -> int:
         return self.spec.seq_id
+
+    @property
+    def goes_to_host(self) -> bool:
+        """Whether a prompt that does not stay has to be kept: there is more to sample than its first token."""
+        return not self.stays and self.spec.max_tokens > 1
 
     @property
     def num_stored_tokens(self) -> int:

@@ -20,8 +20,8 @@ class TransitionReason(enum.Enum):
 class SchedulerStats:
     """A snapshot. Each live sequence is in one of the first four counts.
 
-    `num_prefilling` ends when the prompt's KV is on the host, `num_host` when it is back on the GPU, and
-    `num_finished` leaves out aborted sequences. Block counts include blocks in transit.
+    `num_prefilling` ends when the sequence decodes or its KV is on the host, `num_host` when that is back on the GPU,
+    and `num_finished` leaves out aborted sequences. Block counts include blocks in transit.
     """
 
     phase: Phase
@@ -30,8 +30,6 @@ class SchedulerStats:
     num_host: int
     num_running: int
     num_finished: int
-    num_prefill_blocks_used: int
-    num_prefill_blocks: int
     num_gpu_blocks_used: int
     num_gpu_blocks: int
     num_host_blocks_used: int

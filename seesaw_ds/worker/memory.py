@@ -1,4 +1,4 @@
-"""How much memory a CUDA device has left for decode KV, measured after a full prefill micro-batch has run."""
+"""How much memory a CUDA device has left for KV, measured after the largest prefill micro-batch has run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import torch.distributed as dist
 
 from seesaw_ds.config import RunConfig
 from seesaw_ds.errors import UserError
-from seesaw_ds.kv.device_pool import DeviceKVPool
-from seesaw_ds.layout import Shard
 from seesaw_ds.plan.memory import GIB, blocks_for
 from seesaw_ds.reshard.arena import WeightArena
 from seesaw_ds.shapes import ModelShape
@@ -21,10 +19,8 @@ logger = logging.getLogger(__name__)
 _GRAPH_BYTES = 3 * GIB // 2
 
 
-def measure_decode_blocks(
-    run: RunConfig, shape: ModelShape, shard: Shard, arena: WeightArena, prefill_pool: DeviceKVPool, dtype: torch.dtype
-) -> int:
-    """Blocks of `shard` that fit this device within `gpu_memory_utilization`; says on the log where the memory goes."""
+def measure_kv_blocks(run: RunConfig, shape: ModelShape, block_bytes: int, arena: WeightArena) -> int:
+    """KV blocks that fit this device within `gpu_memory_utilization`; says on the log where the memory goes."""
     free, total = torch.cuda.mem_get_info()
     allocated = torch.cuda.memory_allocated()
     activations = torch.cuda.max_memory_allocated() - allocated
@@ -32,15 +28,13 @@ def measure_decode_blocks(
     logits = 2 * run.max_num_seqs * shape.vocab_size * 4
     budget = int(total * run.gpu_memory_utilization)
     left = budget - outside_torch - allocated - activations - logits - _GRAPH_BYTES
-    elements = shard.layers.size * 2 * shard.kv_heads.size * run.kv_block_size * shape.head_dim
-    num_blocks = max(0, left // (elements * dtype.itemsize))
+    num_blocks = max(0, left // block_bytes)
     torch.cuda.empty_cache()  # the prefill's buffers come back in another shape
     if dist.get_rank() == 0:
         parts = {
             "weights": arena.nbytes,
-            "embedding, LM head, workspaces": allocated - arena.nbytes - prefill_pool.nbytes,
-            "prefill KV": prefill_pool.nbytes,
-            "decode KV": num_blocks * elements * dtype.itemsize,
+            "embedding, LM head, workspaces": allocated - arena.nbytes,
+            "KV": num_blocks * block_bytes,
             "activations": activations,
             "graphs, logits": logits + _GRAPH_BYTES,
             "CUDA, NCCL": outside_torch,
@@ -51,7 +45,7 @@ def measure_decode_blocks(
     return num_blocks
 
 
-def check_decode_blocks(run: RunConfig, longest: int, num_blocks: int) -> None:
+def check_kv_blocks(run: RunConfig, longest: int, num_blocks: int) -> None:
     """Raises UserError when `num_blocks` cannot hold one request of `longest` tokens."""
     needed = blocks_for(longest, run.kv_block_size)
     if num_blocks < needed:

@@ -1,10 +1,11 @@
-"""Prefill on one rank: run a micro-batch through this rank's stage, sample first tokens, hand KV to swap-out."""
+"""Prefill on one rank: micro-batches of prompt chunks, and of the decode rows that ride with them."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
+from seesaw_ds.engine.messages import Prefill
 from seesaw_ds.kv.device_pool import DeviceKVPool
 from seesaw_ds.model.attention.interface import AttentionBackend, AttentionBatch
 from seesaw_ds.model.decoder import DecoderStage
@@ -16,11 +17,12 @@ from seesaw_ds.model.sampling_state import SamplingState
 from seesaw_ds.parallel.device import to_device
 from seesaw_ds.parallel.links import PipelineLink
 from seesaw_ds.requests import SequenceRequest
-from seesaw_ds.sched.output import PrefillBatch
+from seesaw_ds.sched.output import PrefillChunk
+from seesaw_ds.worker.slots import DecodingSlots, StepSlots, TokenFeedback
 
 
 class PrefillRunner:
-    """Runs micro-batches in the prefill layout."""
+    """Runs micro-batches in the prefill layout. Tokens stand in this order: decode rows, then the chunks'."""
 
     def __init__(
         self,
@@ -28,80 +30,141 @@ class PrefillRunner:
         link: PipelineLink,
         rotary: ModelRotation,
         attention: tuple[AttentionBackend, ...],
-        pool: DeviceKVPool,
+        slots: DecodingSlots,
+        feedback: TokenFeedback,
         device: torch.device,
     ) -> None:
         self._stage = stage
         self._link = link
         self._rotary = rotary
         self._attention = attention
-        self._block_size = pool.block_size
+        self._slots = slots
+        self._feedback = feedback
         self._device = device
-        self._kv_caches = [pool.layer(i) for i in range(stage.layer_range.size)]
+        self._block_size = 0
+        self._kv_caches: list[torch.Tensor] = []
 
-    def run(self, batch: PrefillBatch, requests: dict[int, SequenceRequest]) -> SampledTokens | None:
-        """Compute `batch`; on the last stage return the first tokens of its prompts that end in it, else None."""
+    def attach(self, pool: DeviceKVPool) -> None:
+        """Use `pool` from now on."""
+        self._block_size = pool.block_size
+        self._kv_caches = [pool.layer(i) for i in range(self._stage.layer_range.size)]
+
+    def run(self, command: Prefill, requests: dict[int, SequenceRequest]) -> SampledTokens | None:
+        """Compute a micro-batch; on the last stage return its tokens, else None.
+
+        They are those of the decode rows, then the first ones of the prompts that end in the micro-batch.
+        """
         groups = self._stage.groups
-        prompts = [requests[chunk.seq_id].prompt_token_ids for chunk in batch.chunks]
-        places = self._plan(batch, prompts)
+        chunks = command.chunks
+        slots = None if command.rows is None else self._slots.step(command.rows)
+        prompts = [requests[chunk.seq_id].prompt_token_ids for chunk in chunks]
+        places, num_tokens = self._plan(chunks, prompts, slots)
         if groups.is_first_stage:
-            hidden = self._stage.embed(self._token_ids(batch, prompts))
+            hidden = self._stage.embed(self._token_ids(chunks, prompts, slots))
         else:
-            hidden = self._link.recv_hidden(places[0].write_blocks.shape[0])
+            hidden = self._link.recv_hidden(num_tokens)
         hidden = self._stage(hidden, places, self._attention, self._kv_caches)
-        if not groups.is_last_stage:
+        sampled = None
+        if groups.is_last_stage:
+            sampled = self._sample(chunks, hidden, requests, slots)
+        else:
             self._link.send_hidden(hidden)
-            return None
-        return self._sample(batch, hidden, requests)
+        if slots is not None:
+            if not groups.is_last_stage:
+                self._feedback.pass_on(slots, None)
+            self._slots.advance(slots)
+        return sampled
 
-    def _plan(self, batch: PrefillBatch, prompts: list[tuple[int, ...]]) -> tuple[TokenPlaces, ...]:
-        """Plan the batch's attention; where its tokens stand."""
-        chunks = batch.chunks
-        query_lens = np.array([chunk.num_tokens for chunk in chunks], dtype=np.int32)
-        tables = np.zeros((len(chunks), max(len(chunk.block_ids) for chunk in chunks)), dtype=np.int32)
-        for row, chunk in enumerate(chunks):
+    def _plan(
+        self, chunks: tuple[PrefillChunk, ...], prompts: list[tuple[int, ...]], slots: StepSlots | None
+    ) -> tuple[tuple[TokenPlaces, ...], int]:
+        """Plan the micro-batch's attention; where its tokens stand, and how many they are."""
+        num_rows = 0 if slots is None else len(slots)
+        query_lens = np.ones(num_rows + len(chunks), dtype=np.int32)
+        query_lens[num_rows:] = [chunk.num_tokens for chunk in chunks]
+        starts = np.empty_like(query_lens)
+        starts[num_rows:] = [chunk.start for chunk in chunks]
+        # What rotary kinds that depend on length go by: the prompt's, or for a row its own so far.
+        lengths = np.empty(len(query_lens), dtype=np.int64)
+        lengths[num_rows:] = [len(prompt) for prompt in prompts]
+        width = max((len(chunk.block_ids) for chunk in chunks), default=0)
+        if slots is not None:
+            table = self._slots.table
+            starts[:num_rows] = table.positions[slots.host]
+            lengths[:num_rows] = starts[:num_rows] + 1
+            width = max(width, int(starts[:num_rows].max()) // self._block_size + 1)
+        tables = np.zeros((len(query_lens), width), dtype=np.int32)
+        if slots is not None:
+            used = table.blocks[slots.host, :width]
+            tables[:num_rows, : used.shape[1]] = used
+        for row, chunk in enumerate(chunks, start=num_rows):
             tables[row, : len(chunk.block_ids)] = chunk.block_ids
-        kv_lens = np.array([chunk.start for chunk in chunks], dtype=np.int32) + query_lens
+        kv_lens = starts + query_lens
         for attention in self._attention:
-            attention.plan(AttentionBatch(query_lens, kv_lens, tables))
+            attention.plan(AttentionBatch(query_lens, kv_lens, tables, num_rows))
 
-        positions = np.concatenate([np.arange(c.start, c.start + c.num_tokens) for c in chunks])
-        rows = np.repeat(np.arange(len(chunks)), query_lens)
-        context_lens = np.array([len(prompt) for prompt in prompts])[rows]
+        rows = np.repeat(np.arange(len(query_lens)), query_lens)
+        first = np.cumsum(query_lens) - query_lens
+        positions = np.arange(len(rows)) - (first - starts)[rows]
         blocks = tables[rows, positions // self._block_size]
-        places = np.stack((positions, context_lens, blocks, positions % self._block_size))
-        positions_, context_lens_, write_blocks, write_offsets = to_device(places, self._device).unbind()
-        return self._rotary.places(positions_, context_lens_, write_blocks, write_offsets)
+        places = np.stack((positions, lengths[rows], blocks, positions % self._block_size)).astype(np.int64)
+        positions_, lengths_, write_blocks, write_offsets = to_device(places, self._device).unbind()
+        return self._rotary.places(positions_, lengths_, write_blocks, write_offsets), len(rows)
 
-    def _token_ids(self, batch: PrefillBatch, prompts: list[tuple[int, ...]]) -> torch.Tensor:
-        token_ids = [
-            token
-            for chunk, prompt in zip(batch.chunks, prompts, strict=True)
-            for token in prompt[chunk.start : chunk.start + chunk.num_tokens]
-        ]
-        return to_device(token_ids, self._device)
+    def _token_ids(
+        self, chunks: tuple[PrefillChunk, ...], prompts: list[tuple[int, ...]], slots: StepSlots | None
+    ) -> torch.Tensor:
+        token_ids = to_device(
+            [
+                token
+                for chunk, prompt in zip(chunks, prompts, strict=True)
+                for token in prompt[chunk.start : chunk.start + chunk.num_tokens]
+            ],
+            self._device,
+        )
+        if slots is None:
+            return token_ids
+        self._feedback.read(slots.host)
+        return torch.cat((self._slots.tokens[slots.index], token_ids))
 
     def _sample(
-        self, batch: PrefillBatch, hidden: torch.Tensor, requests: dict[int, SequenceRequest]
+        self,
+        chunks: tuple[PrefillChunk, ...],
+        hidden: torch.Tensor,
+        requests: dict[int, SequenceRequest],
+        slots: StepSlots | None,
     ) -> SampledTokens | None:
-        ends, last_rows, end = [], [], 0
-        for chunk in batch.chunks:
+        num_rows = 0 if slots is None else len(slots)
+        ends, last_tokens, end = [], [], num_rows
+        for chunk in chunks:
             end += chunk.num_tokens
             if chunk.is_last:
                 ends.append(requests[chunk.seq_id])
-                last_rows.append(end - 1)
-        if not ends:
+                last_tokens.append(end - 1)
+        if not ends and slots is None:
             return None
-        logits = self._stage.logits(hidden[to_device(last_rows, self._device)])
-        state = SamplingState(len(ends), logits.shape[1], self._device)
-        for slot, request in enumerate(ends):
-            state.set_slot(
-                slot,
-                request.params,
-                request.seed,
-                request.stop_token_ids,
-                request.prompt_token_ids,
-                output_token_ids=(),
-            )
-        slots = torch.arange(len(ends), device=self._device)
-        return sample(logits, slots, torch.zeros_like(slots), state, range(len(ends)))
+        logits = self._stage.logits(hidden[to_device([*range(num_rows), *last_tokens], self._device)])
+        row_tokens = None if slots is None else self._slots.sample(logits[:num_rows], slots)
+        if slots is not None:
+            # Before the first tokens are sampled: the next step of these rows waits for it.
+            self._feedback.pass_on(slots, row_tokens)
+        if not ends:
+            return row_tokens
+        first_tokens = _sample_first(logits[num_rows:], ends)
+        return first_tokens if row_tokens is None else row_tokens.joined(first_tokens)
+
+
+def _sample_first(logits: torch.Tensor, requests: list[SequenceRequest]) -> SampledTokens:
+    """The first token of each request."""
+    state = SamplingState(len(requests), logits.shape[1], logits.device)
+    for slot, request in enumerate(requests):
+        state.set_slot(
+            slot,
+            request.params,
+            request.seed,
+            request.stop_token_ids,
+            request.prompt_token_ids,
+            output_token_ids=(),
+        )
+    slots = torch.arange(len(requests), device=logits.device)
+    return sample(logits, slots, torch.zeros_like(slots), state, range(len(requests)))

@@ -17,10 +17,11 @@ from deepspeed.accelerator import get_accelerator
 from seesaw_ds.checkpoint.cell_layout import is_cells_folder
 from seesaw_ds.checkpoint.source import CellsSource
 from seesaw_ds.config import RunConfig, dtype_name, max_model_len
-from seesaw_ds.kv.device_pool import DeviceKVPool
+from seesaw_ds.kv.device_pool import DeviceKVPool, allocate_kv, block_numel
+from seesaw_ds.kv.exchange import KVExchange
 from seesaw_ds.kv.host_pool import HostKVPool
 from seesaw_ds.kv.layout import HostBlockLayout
-from seesaw_ds.layout import Phase
+from seesaw_ds.layout import Phase, Shard
 from seesaw_ds.model.backends import choose_backends
 from seesaw_ds.model.build import build_stages, load_arena
 from seesaw_ds.model.checkpoint import check_checkpoint
@@ -32,6 +33,7 @@ from seesaw_ds.parallel.all_reduce import AllReduce, BackendAllReduce, choose_al
 from seesaw_ds.parallel.groups import ParallelState
 from seesaw_ds.parallel.links import PipelineLink
 from seesaw_ds.parallel.shared_memory import NodeSharedMapping
+from seesaw_ds.parallel.transport import BackendTransport, Transport, choose_transport
 from seesaw_ds.plan.memory import PoolSizes, blocks_for, size_pools
 from seesaw_ds.reshard.arena import WeightArena
 from seesaw_ds.reshard.exchange import ExchangeReshard
@@ -40,9 +42,10 @@ from seesaw_ds.reshard.plan import WeightReshard, plan_reshard
 from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
 from seesaw_ds.worker.decode import DecodeRunner
 from seesaw_ds.worker.graphs import EagerExecutor, GraphExecutor
-from seesaw_ds.worker.memory import check_decode_blocks, measure_decode_blocks
+from seesaw_ds.worker.memory import check_kv_blocks, measure_kv_blocks
 from seesaw_ds.worker.prefill import PrefillRunner
-from seesaw_ds.worker.warmup import warm_up_prefill
+from seesaw_ds.worker.slots import DecodingSlots, TokenFeedback
+from seesaw_ds.worker.warmup import warm_up_blocks, warm_up_prefill
 
 logger = logging.getLogger(__name__)
 
@@ -70,17 +73,20 @@ class Engine:
     stages: dict[Phase, DecoderStage]
     arena: WeightArena
     reshard: WeightReshard
-    prefill_pool: DeviceKVPool
-    decode_pool: DeviceKVPool
+    pools: dict[Phase, DeviceKVPool]
+    kv_exchange: KVExchange
     host_pool: HostKVPool
+    slots: DecodingSlots
     prefill: PrefillRunner
     decode: DecodeRunner
+    feedback: dict[Phase, TokenFeedback]
     links: tuple[PipelineLink, ...]
     pool_sizes: PoolSizes
 
     def drain(self) -> None:
         """Complete every transfer of the pipelines: the last steps' tokens are sent only when somebody receives."""
-        self.decode.read_all_tokens()
+        for feedback in self.feedback.values():
+            feedback.read_all()
         for link in self.links:
             link.drain()
 
@@ -112,8 +118,8 @@ def build_engine(run: RunConfig, timer: StartUpTimer) -> Engine:
         builder.load_weights()
     with timer.part("kv pools"):
         builder.make_host_pool()
-        builder.make_prefill()
     with timer.part("warm-up"):
+        builder.make_prefill()
         builder.warm_up_prefill()
         builder.make_decode()
         builder.warm_up_decode()
@@ -138,17 +144,35 @@ class _EngineBuilder:
         self._plan = plan_reshard(self._layouts, self._shape.num_layers)
         self._backends = choose_backends(self._shape, run.kv_block_size, self._dtype, self._device)
         self._all_reduces = self._choose_all_reduces()
-        self._links = {
-            phase: PipelineLink(self._state[phase], self._shape.hidden_size, self._dtype, self._device)
-            for phase in Phase
-        }
+        self._transport = self._choose_transport()
+        self._max_blocks_per_seq = blocks_for(self._longest, run.kv_block_size)
+        self._slots = DecodingSlots(run.max_num_seqs, self._max_blocks_per_seq, self._shape.vocab_size, self._device)
+        self._links: dict[Phase, PipelineLink] = {}
+        self._feedback: dict[Phase, TokenFeedback] = {}
+        for phase in Phase:
+            self._make_links(phase)
         self._rotary = ModelRotation(self._hf_config, self._shape, self._device, self._longest)
+
+    def _make_links(self, phase: Phase) -> None:
+        """A static layout has one pipeline: its steps of both kinds follow each other on one link."""
+        if self._layouts.is_static and self._links:
+            self._links[phase], self._feedback[phase] = self._links[phase.other], self._feedback[phase.other]
+            return
+        groups = self._state[phase]
+        self._links[phase] = PipelineLink(groups, self._shape.hidden_size, self._dtype, self._device)
+        self._feedback[phase] = TokenFeedback(groups, self._links[phase], self._slots)
 
     def _choose_all_reduces(self) -> dict[Phase, AllReduce]:
         has_graphs = self._backends.has_graphs
         decode = choose_all_reduce(self._state[Phase.DECODE].tp, self._device, has_graphs)
         prefill = decode if self._layouts.is_static else BackendAllReduce(self._state[Phase.PREFILL].tp)
         return {Phase.PREFILL: prefill, Phase.DECODE: decode}
+
+    def _choose_transport(self) -> Transport:
+        group = self._state.replica
+        if self._layouts.is_static:  # nothing will travel
+            return BackendTransport(group, self._device)
+        return choose_transport(group, self._device, self._share)
 
     def load_weights(self) -> None:
         run, shape, plan = self._run, self._shape, self._plan
@@ -179,7 +203,7 @@ class _EngineBuilder:
             self._reshard = HostReshard(plan, self._arena, host_weights, self._replica_rank)
         else:
             ranks = list(self._state.replica_ranks)
-            self._reshard = ExchangeReshard(plan, self._arena, self._state.replica, self._replica_rank, ranks)
+            self._reshard = ExchangeReshard(plan, self._arena, self._transport, self._replica_rank, ranks)
 
     def make_host_pool(self) -> None:
         run, shape = self._run, self._shape
@@ -195,31 +219,38 @@ class _EngineBuilder:
         self._host_pool = HostKVPool(mapping, layout, self._sizes.num_host_blocks, self._dtype)
 
     def make_prefill(self) -> None:
-        self._prefill_pool = self._device_pool(Phase.PREFILL, self._sizes.num_prefill_blocks)
         self._prefill = PrefillRunner(
             self._stages[Phase.PREFILL],
             self._links[Phase.PREFILL],
             self._rotary,
-            self._backends.make_attention(Phase.PREFILL, self._layouts.prefill.tp),
-            self._prefill_pool,
+            self._backends.make_attention(Phase.PREFILL, self._layouts.prefill.tp, self._run.max_num_seqs),
+            self._slots,
+            self._feedback[Phase.PREFILL],
             self._device,
         )
 
     def warm_up_prefill(self) -> None:
         """Run the largest micro-batch once: kernels and communicators are made, and its memory becomes known."""
         if devices.is_cuda(self._device):
+            self._prefill.attach(self._pools(warm_up_blocks(self._run, self._longest))[Phase.PREFILL])
             warm_up_prefill(self._prefill, self._run, self._shape, self._longest)
+            self._feedback[Phase.PREFILL].warm_up()
+            self._links[Phase.PREFILL].drain()
             get_accelerator().synchronize()
 
     def make_decode(self) -> None:
         run = self._run
-        max_blocks_per_seq = blocks_for(self._longest, run.kv_block_size)
         attention = self._backends.make_attention(
-            Phase.DECODE, self._layouts.decode.tp, run.max_num_seqs, run.max_num_seqs * max_blocks_per_seq
+            Phase.DECODE, self._layouts.decode.tp, run.max_num_seqs, run.max_num_seqs * self._max_blocks_per_seq
         )
-        num_blocks = self._num_decode_blocks()
+        num_blocks = self._num_kv_blocks()
         self._sizes = dataclasses.replace(self._sizes, num_gpu_blocks=num_blocks)
-        self._decode_pool = self._device_pool(Phase.DECODE, num_blocks + 1)  # one for DecodeRunner's padding
+        self._kv_pools = self._pools(num_blocks + 1)  # one for DecodeRunner's padding
+        self._prefill.attach(self._kv_pools[Phase.PREFILL])
+        shape, state = self._shape, self._state
+        self._kv_exchange = KVExchange(
+            self._layouts, self._kv_pools, shape.num_layers, shape.num_kv_heads, self._transport, state.replica_ranks
+        )
         after_capture = self._all_reduces[Phase.DECODE].after_capture
         graphs = GraphExecutor(run.max_num_seqs, after_capture) if self._backends.has_graphs else EagerExecutor()
         self._decode = DecodeRunner(
@@ -228,34 +259,50 @@ class _EngineBuilder:
             self._rotary,
             attention,
             graphs,
-            self._decode_pool,
-            run.max_num_seqs,
-            max_blocks_per_seq,
+            self._slots,
+            self._feedback[Phase.DECODE],
+            self._kv_pools[Phase.DECODE],
             self._shape.hidden_size,
             self._device,
         )
 
-    def _num_decode_blocks(self) -> int:
+    def _num_kv_blocks(self) -> int:
         """What memory leaves on the fullest device of the replica, unless the settings say a number."""
-        if self._run.num_gpu_kv_blocks is not None or not devices.is_cuda(self._device):
+        run = self._run
+        if run.num_gpu_kv_blocks is not None or not devices.is_cuda(self._device):
             return self._sizes.num_gpu_blocks
-        shard = self._layouts.decode.shard(self._replica_rank, self._shape.num_layers, self._shape.num_kv_heads)
-        num_blocks = measure_decode_blocks(self._run, self._shape, shard, self._arena, self._prefill_pool, self._dtype)
-        lowest = torch.tensor(num_blocks, device=self._device)
+        block_bytes = self._block_numel() * self._dtype.itemsize
+        lowest = torch.tensor(measure_kv_blocks(run, self._shape, block_bytes, self._arena), device=self._device)
         dist.all_reduce(lowest, dist.ReduceOp.MIN, group=self._state.replica)
-        check_decode_blocks(self._run, self._longest, int(lowest))
-        return min(int(lowest), self._run.max_num_seqs * blocks_for(self._longest, self._run.kv_block_size))
+        check_kv_blocks(run, self._longest, int(lowest))
+        return min(int(lowest), run.max_num_seqs * self._max_blocks_per_seq)
+
+    def _shard(self, phase: Phase) -> Shard:
+        return self._layouts[phase].shard(self._replica_rank, self._shape.num_layers, self._shape.num_kv_heads)
+
+    def _block_numel(self) -> int:
+        """Elements of a KV block on this rank, in the phase that needs more."""
+        sizes = (block_numel(self._shard(phase), self._run.kv_block_size, self._shape.head_dim) for phase in Phase)
+        return max(sizes)
+
+    def _pools(self, num_blocks: int) -> dict[Phase, DeviceKVPool]:
+        """Both phases' views of new KV memory."""
+        memory = allocate_kv(num_blocks, self._block_numel(), self._dtype, self._device)
+        block_size, head_dim = self._run.kv_block_size, self._shape.head_dim
+        return {phase: DeviceKVPool(memory, self._shard(phase), block_size, head_dim) for phase in Phase}
 
     def warm_up_decode(self) -> None:
         """Re-shard there and back, capture every graph, and make the pipeline's communicators."""
         if not devices.is_cuda(self._device):
             return
         with torch.inference_mode():
-            self._reshard.run(Phase.DECODE)
-            self._state.activate(Phase.DECODE)
-            self._decode.warm_up()
-            self._reshard.run(Phase.PREFILL)
-            self._state.activate(Phase.PREFILL)
+            for phase in (Phase.DECODE, Phase.PREFILL):
+                self._reshard.run(phase)
+                self._kv_exchange.run(phase, [0])
+                self._state.activate(phase)
+                if phase is Phase.DECODE:
+                    self._decode.warm_up()
+                    self._slots.warm_up(self._dtype)
         get_accelerator().synchronize()
 
     def engine(self) -> Engine:
@@ -264,19 +311,16 @@ class _EngineBuilder:
             stages=self._stages,
             arena=self._arena,
             reshard=self._reshard,
-            prefill_pool=self._prefill_pool,
-            decode_pool=self._decode_pool,
+            pools=self._kv_pools,
+            kv_exchange=self._kv_exchange,
             host_pool=self._host_pool,
+            slots=self._slots,
             prefill=self._prefill,
             decode=self._decode,
+            feedback=self._feedback,
             links=tuple(self._links.values()),
             pool_sizes=self._sizes,
         )
-
-    def _device_pool(self, phase: Phase, num_blocks: int) -> DeviceKVPool:
-        shape = self._shape
-        shard = self._layouts[phase].shard(self._replica_rank, shape.num_layers, shape.num_kv_heads)
-        return DeviceKVPool(shard, num_blocks, self._run.kv_block_size, shape.head_dim, self._dtype, self._device)
 
     def _share(self, name: str, num_bytes: int) -> NodeSharedMapping:
         """One mapping for all ranks of the replica; its first rank creates and populates it."""

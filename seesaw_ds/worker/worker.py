@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import msgspec
+import numpy as np
 import torch
 import torch.distributed as dist
 import zmq
@@ -67,9 +68,7 @@ class Worker:
         sizes = self._engine.pool_sizes
         me = ProcessId.of(f"worker rank {self._rank}")
         self._reporter.telemetry(wire.StartUp(me, timer.seconds))
-        self._reporter.result(
-            wire.WorkerReady(me, sizes.num_prefill_blocks, sizes.num_gpu_blocks, sizes.num_host_blocks)
-        )
+        self._reporter.result(wire.WorkerReady(me, sizes.num_gpu_blocks, sizes.num_host_blocks))
         with torch.inference_mode():
             while True:
                 command = self._next_command()
@@ -93,12 +92,14 @@ class Worker:
             self._run_decode(command)
         elif isinstance(command, wire.Prefill):
             self._run_prefill(command)
+        elif isinstance(command, wire.Start):
+            self._start(command)
         elif isinstance(command, wire.Load):
             self._start_load(command)
         elif isinstance(command, wire.Store):
             self._start_store(command)
         elif isinstance(command, wire.Switch):
-            self._switch(command.to)
+            self._switch(command)
         elif isinstance(command, wire.Drop):
             for seq_id in command.seq_ids:
                 del self._requests[seq_id]
@@ -106,17 +107,14 @@ class Worker:
     def _run_prefill(self, command: wire.Prefill) -> None:
         for request in command.requests:
             self._requests[request.seq_id] = request
-        batch = command.batch
-        num_tokens = sum(chunk.num_tokens for chunk in batch.chunks)
-        with self._steps.step(batch.step_id, "prefill", self._answers(Phase.PREFILL), tokens=num_tokens) as step:
-            step.sampled = self._engine.prefill.run(batch, self._requests)
-        ends = [chunk for chunk in batch.chunks if chunk.is_last]
-        if ends:
-            blocks = [block for chunk in ends for block in chunk.block_ids]
-            host_blocks = [block for chunk in ends for block in chunk.host_block_ids]
-            pool = self._engine.prefill_pool
-            message = wire.SwapOutDone(self._rank, [chunk.seq_id for chunk in ends])
-            self._submit_out(pool, blocks, host_blocks, message)
+        num_tokens = sum(chunk.num_tokens for chunk in command.chunks)
+        with self._steps.step(command.step_id, "prefill", self._answers(Phase.PREFILL), tokens=num_tokens) as step:
+            step.sampled = self._engine.prefill.run(command, self._requests)
+        leaving = [chunk for chunk in command.chunks if chunk.host_block_ids]
+        if leaving:
+            blocks = [block for chunk in leaving for block in chunk.block_ids]
+            host_blocks = [block for chunk in leaving for block in chunk.host_block_ids]
+            self._submit_out(blocks, host_blocks, wire.SwapOutDone(self._rank, [chunk.seq_id for chunk in leaving]))
 
     def _run_decode(self, command: wire.Decode) -> None:
         with self._steps.step(command.step_id, "decode", self._answers(Phase.DECODE)) as step:
@@ -127,39 +125,54 @@ class Worker:
         groups = self._engine.state[phase]
         return groups.is_last_stage and groups.coords.tp == 0
 
+    def _start(self, start: wire.Start) -> None:
+        activate = start.activate
+        self._set_slot(activate.seq_id, activate.slot, activate.num_tokens, activate.gpu_block_ids, [start.token_id])
+
     def _start_load(self, load: wire.Load) -> None:
         swap = load.swap
-        self._engine.decode.load(load, self._requests[swap.seq_id])
-        pool, host_pool = self._engine.decode_pool, self._engine.host_pool
+        self._set_slot(swap.seq_id, swap.slot, swap.num_tokens, swap.gpu_block_ids, load.output_token_ids)
         self._swap_in.submit(
-            partial(copy_to_device, host_pool, swap.host_block_ids, pool, swap.gpu_block_ids),
+            partial(copy_to_device, self._engine.host_pool, swap.host_block_ids, self._pool, swap.gpu_block_ids),
             after=devices.record_event(self._device),
             on_done=partial(self._reporter.result, wire.LoadDone(self._rank, swap.seq_id)),
         )
 
+    def _set_slot(
+        self, seq_id: int, slot: int, num_tokens: int, blocks: tuple[int, ...], output_token_ids: list[int]
+    ) -> None:
+        # Its last owner's tokens may still be under way, and must not come after this one's.
+        self._engine.feedback[self._phase].read(np.array([slot]))
+        self._engine.slots.set(slot, num_tokens, blocks, self._requests[seq_id], output_token_ids)
+
     def _start_store(self, store: wire.Store) -> None:
         evict = store.evict
-        message = wire.StoreDone(self._rank, evict.seq_id)
-        self._submit_out(self._engine.decode_pool, evict.gpu_block_ids, evict.host_block_ids, message)
+        self._submit_out(evict.gpu_block_ids, evict.host_block_ids, wire.StoreDone(self._rank, evict.seq_id))
 
-    def _submit_out(
-        self, pool: DeviceKVPool, blocks: Sequence[int], host_blocks: Sequence[int], message: wire.WorkerResult
-    ) -> None:
+    def _submit_out(self, blocks: Sequence[int], host_blocks: Sequence[int], message: wire.WorkerResult) -> None:
         self._swap_out.submit(
-            partial(copy_to_host, pool, blocks, self._engine.host_pool, host_blocks),
+            partial(copy_to_host, self._pool, blocks, self._engine.host_pool, host_blocks),
             after=devices.record_event(self._device),
             on_done=partial(self._reporter.result, message),
         )
 
-    def _switch(self, to: Phase) -> None:
+    @property
+    def _pool(self) -> DeviceKVPool:
+        """The KV pool as the phase sees it."""
+        return self._engine.pools[self._phase]
+
+    def _switch(self, switch: wire.Switch) -> None:
         start = time.monotonic()
-        engine = self._engine
-        if self._phase is Phase.DECODE:
-            engine.decode.read_all_tokens()
+        engine, to = self._engine, switch.to
+        engine.feedback[self._phase].read_all()
         for link in engine.links:
             link.drain()
+        # Copies that were given earlier read and write blocks in the old layout.
+        self._swap_out.drain()
+        self._swap_in.drain()
         with self._spans.span(Track.RESHARD, f"to {to.value}"):
-            num_bytes = engine.reshard.run(to)
+            num_bytes = engine.reshard.run(to) + engine.kv_exchange.run(to, switch.gpu_block_ids)
+            engine.slots.share(engine.state.sampling_rank(self._phase), engine.state.replica)
             devices.synchronize_stream(self._device)
         engine.state.activate(to)
         self._phase = to

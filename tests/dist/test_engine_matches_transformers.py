@@ -30,14 +30,16 @@ def five_layers(tmp_path_factory) -> Workload:
     )
 
 
-def check_layouts(workload: Workload, layouts: str, weight_reshard: str) -> None:
-    outcome = run_engine(run_config(workload.folder, layouts, weight_reshard=weight_reshard), workload.requests)
+def check_layouts(workload: Workload, layouts: str, weight_reshard: str, mixed_steps: bool) -> None:
+    run = run_config(workload.folder, layouts, weight_reshard=weight_reshard, mixed_steps=mixed_steps)
+    is_one_phase = run.layout_pair.is_static and mixed_steps
+    outcome = run_engine(run, workload.requests)
     found = [(outcome.results[i].token_ids, outcome.results[i].finish_reason) for i in range(NUM_REQUESTS)]
     assert found == workload.expected
-    assert outcome.num_transitions >= 4
+    assert outcome.num_transitions >= (0 if is_one_phase else 4)
     assert outcome.num_evictions >= 1
     for stats in outcome.stats:
-        assert stats.num_host_blocks_used == stats.num_gpu_blocks_used == stats.num_prefill_blocks_used == 0
+        assert stats.num_host_blocks_used == stats.num_gpu_blocks_used == 0
 
 
 def test_requests_end_at_stop_tokens_and_at_their_length(four_layers, five_layers):
@@ -51,10 +53,15 @@ def test_requests_end_at_stop_tokens_and_at_their_length(four_layers, five_layer
     "layouts", ["P2->T2", "T2->P2", "P2->P2", "T2", "P4->T4", "T2P2->T4", "P4->T2P2", "D2P2->D2T2"]
 )
 def test_tokens_equal_transformers(four_layers, layouts, weight_reshard):
-    check_layouts(four_layers, layouts, weight_reshard)
+    check_layouts(four_layers, layouts, weight_reshard, mixed_steps=True)
+
+
+@pytest.mark.parametrize("layouts", ["P2->T2", "P2", "T2P2->T4"])
+def test_tokens_equal_transformers_with_separated_phases(four_layers, layouts):
+    check_layouts(four_layers, layouts, "exchange", mixed_steps=False)
 
 
 @pytest.mark.parametrize("weight_reshard", ["exchange", "host"])
 @pytest.mark.parametrize("layouts", ["P2->T2", "P4->T4"])
 def test_tokens_equal_transformers_with_stages_of_unequal_depth(five_layers, layouts, weight_reshard):
-    check_layouts(five_layers, layouts, weight_reshard)
+    check_layouts(five_layers, layouts, weight_reshard, mixed_steps=True)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from harness import RankFailure, run_ranks
 
+from harness import RankFailure, run_ranks
 from seesaw_ds.layout import LayoutPair, Phase
 from seesaw_ds.parallel.shared_memory import NodeSharedMapping
+from seesaw_ds.parallel.transport import BackendTransport
 from seesaw_ds.reshard import exchange
 from seesaw_ds.reshard.arena import WeightArena
 from seesaw_ds.reshard.exchange import ExchangeReshard
 from seesaw_ds.reshard.host import HostReshard, HostWeights
 from seesaw_ds.reshard.plan import CellTensor, ReshardPlan, plan_reshard
+from staged import staged_transport
 
 CELL_TENSORS = (CellTensor("qkv", 6, 4), CellTensor("o", 2, 4), CellTensor("down", 5, 3))
 CELL_BYTES = 4 * sum(spec.numel for spec in CELL_TENSORS)
@@ -61,7 +63,7 @@ def transit_ten_times(reshard, arena: WeightArena, plan: ReshardPlan, rank: int)
     reshard.close()
 
 
-def exchange_rank(text: str, num_layers: int, piece_bytes: int) -> None:
+def exchange_rank(text: str, num_layers: int, piece_bytes: int, is_staged: bool) -> None:
     exchange._PIECE_BYTES = piece_bytes
     layouts = LayoutPair.parse(text)
     groups = [
@@ -72,7 +74,8 @@ def exchange_rank(text: str, num_layers: int, piece_bytes: int) -> None:
     plan = plan_reshard(layouts, num_layers)
     arena = make_arena(plan, rank)
     fill(arena, plan, rank)
-    transit_ten_times(ExchangeReshard(plan, arena, group, rank, groups[replica]), arena, plan, rank)
+    transport = staged_transport(groups[replica]) if is_staged else BackendTransport(group, torch.device("cpu"))
+    transit_ten_times(ExchangeReshard(plan, arena, transport, rank, groups[replica]), arena, plan, rank)
 
 
 def host_rank(text: str, num_layers: int) -> None:
@@ -110,7 +113,13 @@ def host_rank(text: str, num_layers: int) -> None:
     ],
 )
 def test_exchange_is_exact_after_ten_transitions(text, num_layers, piece_bytes):
-    run_ranks(LayoutPair.parse(text).world_size, exchange_rank, text, num_layers, piece_bytes)
+    run_ranks(LayoutPair.parse(text).world_size, exchange_rank, text, num_layers, piece_bytes, False)
+
+
+@pytest.mark.parametrize(("text", "num_layers"), [("P2->T2", 5), ("P4->T4", 5), ("T4->P4", 6), ("D2P2->D2T2", 5)])
+def test_exchange_through_host_memory_is_exact_after_ten_transitions(monkeypatch, text, num_layers):
+    monkeypatch.setattr("seesaw_ds.parallel.host_transport._MAX_SLOT_BYTES", 64)
+    run_ranks(LayoutPair.parse(text).world_size, exchange_rank, text, num_layers, 80, True)
 
 
 @pytest.mark.parametrize(

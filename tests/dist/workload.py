@@ -41,8 +41,9 @@ def run_config(folder: Path, layouts: str, **changes: Any) -> RunConfig:
         max_num_seqs=16,
         max_num_batched_tokens=96,
         kv_block_size=4,
-        num_gpu_kv_blocks=48,
+        num_gpu_kv_blocks=40,
         num_host_kv_blocks=100,
+        expected_output_tokens=3,
     )
     return replace(run, **changes)
 
@@ -61,8 +62,8 @@ def make_workload(folder: Path, num_requests: int, *, seed: int = 0, **changes: 
 def make_requests(folder: Path, model: PreTrainedModel, num_requests: int, *, seed: int = 0) -> Workload:
     """Requests of 5 to 120 prompt tokens and 1 to 40 output tokens to `model`, which is in `folder`.
 
-    Those of the first half may stop early, and those of the second run to their ends. So when the second half comes
-    the scheduler expects short outputs, takes too many sequences to the GPU, and has to evict some.
+    Those of the first half may stop early, and those of the second run to their ends. The scheduler expects short
+    outputs (`run_config`), takes too many sequences to the GPU, and has to evict some.
     """
     choice = random.Random(seed)
     requests = []

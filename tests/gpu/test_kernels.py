@@ -93,16 +93,18 @@ def test_rotate_and_store_in_a_strided_cache() -> None:
     assert torch.equal(pool[:, 0].float(), expected_pool[:, 0]) and torch.equal(pool[:, 2].float(), expected_pool[:, 2])
 
 
-def make_batch(query_lens: list[int], kv_lens: list[int], num_blocks: int) -> AttentionBatch:
+def make_batch(query_lens: list[int], kv_lens: list[int], num_blocks: int, num_rows: int = 0) -> AttentionBatch:
     width = max(-(-kv_len // BLOCK) for kv_len in kv_lens)
     ids = np.random.default_rng(0).permutation(num_blocks).astype(np.int32)
     tables = ids[: len(kv_lens) * width].reshape(len(kv_lens), width)
-    return AttentionBatch(np.array(query_lens, np.int32), np.array(kv_lens, np.int32), tables)
+    return AttentionBatch(np.array(query_lens, np.int32), np.array(kv_lens, np.int32), tables, num_rows)
 
 
-def attention_error(backend, query_lens: list[int], kv_lens: list[int], rule: AttentionRule = PLAIN) -> float:
+def attention_error(
+    backend, query_lens: list[int], kv_lens: list[int], rule: AttentionRule = PLAIN, num_rows: int = 0
+) -> float:
     num_blocks = 600
-    batch = make_batch(query_lens, kv_lens, num_blocks)
+    batch = make_batch(query_lens, kv_lens, num_blocks, num_rows)
     pool = random(num_blocks, 3, 2, KV_HEADS, BLOCK, HEAD_DIM)
     queries = random(sum(query_lens), HEADS, HEAD_DIM)
     reference = TorchAttention(rule, BLOCK, torch.device("cuda"))
@@ -115,9 +117,11 @@ def attention_error(backend, query_lens: list[int], kv_lens: list[int], rule: At
 def test_prefill_attention_with_whole_prompts_and_later_chunks(rule: AttentionRule) -> None:
     from seesaw_ds.model.attention.flashinfer_backend import FlashInferPrefill
 
-    backend = FlashInferPrefill(rule, HEADS, KV_HEADS, HEAD_DIM, BLOCK, torch.bfloat16, torch.device("cuda"))
+    backend = FlashInferPrefill(rule, HEADS, KV_HEADS, HEAD_DIM, BLOCK, 8, torch.bfloat16, torch.device("cuda"))
     assert attention_error(backend, [5, 300, 17, 64], [5, 300, 900, 65], rule) < 1e-2
     assert attention_error(backend, [1, 130], [1, 1000], rule) < 1e-2
+    assert attention_error(backend, [1, 1, 1, 300, 17], [700, 1, 33, 300, 900], rule, num_rows=3) < 1e-2
+    assert attention_error(backend, [1, 1], [1000, 16], rule, num_rows=2) < 1e-2
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)

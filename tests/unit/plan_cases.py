@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from seesaw_ds.config import RunConfig
+from seesaw_ds.engine.hardware import CALIBRATED, PROFILES
 from seesaw_ds.layout import LayoutPair
 from seesaw_ds.plan.candidates import scheduler_limits
 from seesaw_ds.plan.hardware import HardwareProfile, load_hardware
@@ -16,11 +17,12 @@ from seesaw_ds.sched.output import SchedulerLimits
 from seesaw_ds.shapes import ModelShape, model_shape
 
 ROOT = Path(__file__).resolve().parents[2]
-HARDWARE_FILES = sorted((ROOT / "configs" / "hardware").glob("*.yaml"))
+# Those that tools/calibrate.py wrote on this machine are not shipped.
+HARDWARE_FILES = sorted(path for path in PROFILES.glob("*.yaml") if not path.stem.startswith(CALIBRATED))
 
 
 def hardware(name: str) -> HardwareProfile:
-    return load_hardware(ROOT / "configs" / "hardware" / f"{name}.yaml")
+    return load_hardware(PROFILES / f"{name}.yaml")
 
 
 def shape(name: str) -> ModelShape:

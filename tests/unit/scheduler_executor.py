@@ -1,8 +1,8 @@
 """A stand-in for the workers that drives a scheduler to the end and distrusts it.
 
 It executes actions with random delays, compute in the order given and transfers in any order, keeps its own record
-of which sequence owns each block and which token's KV each block position holds, and asserts that every decode
-step reads exactly its own sequence's tokens.
+of which sequence owns each block and which token's KV each block position holds, in which phase's layout, and asserts
+that every decode step reads exactly its own sequence's tokens, in the layout it runs in.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from seesaw_ds.layout import Phase
 from seesaw_ds.requests import FinishReason
 from seesaw_ds.sched.output import (
+    Activate,
     DecodeBatch,
     DecodeDone,
+    DecodeRow,
     Evict,
     EvictDone,
     PhaseSwitched,
@@ -58,13 +60,11 @@ class Shadow:
     num_executed: int = 0
     num_tokens_known: int = 0
     steps_in_flight: int = 0
-    step_group: int = -1
+    step_group: int | None = None
     in_flight: int = 0
     slot: int | None = None
-    prefill: tuple[int, ...] = ()
     host: tuple[int, ...] = ()
     gpu: list[int] = field(default_factory=list)
-    host_num_reserved: int = 0
     swapping_in: bool = False
     ended: bool = False
 
@@ -167,7 +167,7 @@ class ShadowExecutor:
     def _drop_if_idle(self, seq_id: int) -> None:
         shadow = self.live[seq_id]
         if shadow.ended and shadow.in_flight == 0:
-            for pool, block_ids in (("prefill", shadow.prefill), ("host", shadow.host), ("gpu", shadow.gpu)):
+            for pool, block_ids in (("host", shadow.host), ("gpu", shadow.gpu)):
                 self._disown(pool, block_ids)
             del self.live[seq_id]
 
@@ -176,12 +176,16 @@ class ShadowExecutor:
     def _write(self, pool: str, table, seq_id: int, index: int) -> None:
         block, offset = divmod(index, self.limits.block_size)
         assert self.owner[pool, table[block]] == seq_id
-        self.content.setdefault((pool, table[block]), {})[offset] = (seq_id, index)
+        self.content.setdefault((pool, table[block]), {})[offset] = (seq_id, index, self._form(pool))
+
+    def _form(self, pool: str) -> Phase | None:
+        """The layout that KV of `pool` is in: on the GPU that of the phase."""
+        return self.phase if pool == "gpu" and not self.limits.is_static else None
 
     def _check(self, pool: str, table, seq_id: int, num_tokens: int) -> None:
         for index in range(num_tokens):
             block, offset = divmod(index, self.limits.block_size)
-            assert self.content[pool, table[block]][offset] == (seq_id, index)
+            assert self.content[pool, table[block]][offset] == (seq_id, index, self._form(pool))
 
     def _copy(self, source: str, source_table, target: str, target_table, seq_id: int, num_tokens: int) -> None:
         self._check(source, source_table, seq_id, num_tokens)
@@ -191,12 +195,16 @@ class ShadowExecutor:
     # Issue: check each action against the executor's own record
 
     def _issue_PrefillBatch(self, batch: PrefillBatch) -> None:
-        assert sum(chunk.num_tokens for chunk in batch.chunks) <= self.limits.max_num_batched_tokens
+        limits = self.limits
+        assert batch.chunks
+        num_tokens = sum(chunk.num_tokens for chunk in batch.chunks)
+        assert num_tokens <= max(limits.max_num_batched_tokens - len(batch.rows), limits.max_num_batched_tokens // 4, 1)
+        assert limits.mixes_steps or not batch.rows
         for chunk in batch.chunks:
             if chunk.start == 0:
                 seq_id, job = self.waiting.popitem(last=False)
                 assert seq_id == chunk.seq_id, "prompts must start in order"
-                self.live[seq_id] = Shadow(job, host_num_reserved=self._blocks(job.spec.num_prompt_tokens))
+                self.live[seq_id] = Shadow(job)
             shadow = self.live[chunk.seq_id]
             spec = shadow.job.spec
             assert not shadow.ended
@@ -205,40 +213,60 @@ class ShadowExecutor:
             assert len(chunk.block_ids) == self._blocks(spec.num_prompt_tokens)
             shadow.num_prompt_issued += chunk.num_tokens
             assert chunk.is_last == (shadow.num_prompt_issued == spec.num_prompt_tokens)
-            shadow.prefill = chunk.block_ids
-            self._claim("prefill", chunk.block_ids, chunk.seq_id)
+            shadow.gpu = list(chunk.block_ids)
+            self._claim("gpu", chunk.block_ids, chunk.seq_id)
             shadow.in_flight += 1
-            if chunk.is_last:
+            assert chunk.is_last or not chunk.host_block_ids
+            if chunk.host_block_ids:
+                assert not limits.has_one_phase
+                assert spec.max_tokens > 1
                 shadow.in_flight += 1
                 shadow.host = chunk.host_block_ids
-                assert len(shadow.host) == len(shadow.prefill)
+                assert len(shadow.host) == len(shadow.gpu)
                 self._claim("host", shadow.host, chunk.seq_id)
+        self._check_rows(batch.rows, batch.group, limits.prefill_stages)
         self._queue_batch(batch)
         in_flight = sum(isinstance(other, PrefillBatch) for other in self.batches.values())
-        assert in_flight <= self.limits.prefill_stages + 1
+        assert in_flight <= limits.prefill_stages + 1
 
     def _issue_DecodeBatch(self, batch: DecodeBatch) -> None:
         assert batch.rows
-        for row in batch.rows:
+        limits = self.limits
+        self._check_rows(
+            batch.rows, batch.group, limits.prefill_stages if limits.has_one_phase else limits.decode_stages
+        )
+        self._queue_batch(batch)
+
+    def _check_rows(self, rows: tuple[DecodeRow, ...], group: int, num_groups: int) -> None:
+        assert 0 <= group < num_groups
+        for row in rows:
             shadow = self.live[row.seq_id]
             assert not shadow.ended
             assert not shadow.swapping_in
             assert row.slot == shadow.slot
             assert row.position == shadow.job.spec.num_prompt_tokens + shadow.num_steps_issued
-            assert shadow.step_group == batch.group or shadow.steps_in_flight == 0
-            shadow.step_group = batch.group
+            assert shadow.step_group in (None, group) or shadow.steps_in_flight == 0
+            shadow.step_group = group
             shadow.num_steps_issued += 1
             assert shadow.num_steps_issued < shadow.job.spec.max_tokens
             shadow.steps_in_flight += 1
             shadow.in_flight += 1
-            assert shadow.steps_in_flight <= 2
             self._claim("gpu", row.new_block_ids, row.seq_id)
             shadow.gpu += row.new_block_ids
             assert len(shadow.gpu) == self._blocks(row.position + 1)
-        self._queue_batch(batch)
-        groups = Counter(other.group for other in self.batches.values() if isinstance(other, DecodeBatch))
-        assert max(groups.values()) <= 2
-        assert set(groups) <= set(range(self.limits.decode_stages))
+
+    def _issue_Activate(self, action: Activate) -> None:
+        shadow = self.live[action.seq_id]
+        assert not shadow.ended
+        assert shadow.num_tokens_known == 1
+        assert action.num_tokens == shadow.job.spec.num_prompt_tokens
+        assert list(action.gpu_block_ids) == shadow.gpu
+        self._take_slot(shadow, action.slot)
+
+    def _take_slot(self, shadow: Shadow, slot: int) -> None:
+        assert slot not in {other.slot for other in self.live.values()}
+        assert 0 <= slot < self.limits.max_num_seqs
+        shadow.slot = slot
 
     def _queue_batch(self, batch: PrefillBatch | DecodeBatch) -> None:
         assert batch.step_id not in self.batches
@@ -251,12 +279,9 @@ class ShadowExecutor:
         assert shadow.host == action.host_block_ids
         assert action.num_tokens == shadow.job.spec.num_prompt_tokens + shadow.num_tokens_known - 1
         assert len(action.gpu_block_ids) == self._blocks(action.num_tokens)
-        slots = {other.slot for other in self.live.values()}
-        assert action.slot not in slots
-        assert 0 <= action.slot < self.limits.max_num_seqs
         self._claim("gpu", action.gpu_block_ids, action.seq_id)
         shadow.gpu = list(action.gpu_block_ids)
-        shadow.slot = action.slot
+        self._take_slot(shadow, action.slot)
         shadow.swapping_in = True
         shadow.in_flight += 1
         self.transfers.append(action)
@@ -269,34 +294,44 @@ class ShadowExecutor:
         assert len(action.host_block_ids) == len(shadow.gpu)
         self._claim("host", action.host_block_ids, action.seq_id)
         shadow.host = action.host_block_ids
-        shadow.host_num_reserved = len(shadow.host)
         shadow.in_flight += 1
         self.transfers.append(action)
 
     def _issue_SwitchPhase(self, action: SwitchPhase) -> None:
-        num_host_used = sum(shadow.host_num_reserved for shadow in self.live.values())
+        assert not self.limits.has_one_phase
         if action.to is Phase.PREFILL:
-            assert num_host_used == 0
+            assert not any(shadow.host for shadow in self.live.values())
             assert self.waiting
         else:
-            self._check_host_is_full(self.limits.num_host_blocks - num_host_used)
+            self._check_no_room_left()
+        for block_id in action.gpu_block_ids:
+            shadow = self.live[self.owner["gpu", block_id]]
+            assert not shadow.ended
+            assert shadow.swapping_in or not shadow.host, "changed the layout of KV that leaves the GPU"
+        for shadow in self.live.values():
+            shadow.step_group = None
         self.compute.append(action)
 
-    def _check_host_is_full(self, num_host_free: int) -> None:
-        """To decode: no prompt is left, or the next does not fit even when the swap-ins in flight are done."""
+    def _check_no_room_left(self) -> None:
+        """To decode: no prompt is left, or nothing is under way and the next one has no room on the GPU or the host."""
         assert all(s.ended or s.num_prompt_issued == s.job.spec.num_prompt_tokens for s in self.live.values())
         if not self.waiting:
             assert self.is_input_closed
             return
-        assert not any(isinstance(batch, DecodeBatch) for batch in self.batches.values())
+        assert not self.batches
+        assert all(shadow.in_flight == 0 for shadow in self.live.values())
         head = next(iter(self.waiting.values())).spec
-        num_coming = sum(shadow.host_num_reserved for shadow in self.live.values() if shadow.swapping_in)
-        held = {seq_id: s.host_num_reserved or len(s.gpu) for seq_id, s in self.live.items() if not s.ended}
+        host_used, gpu_used = (sum(len(blocks) for blocks in column) for column in zip(*self._tables(), strict=True))
+        held = {seq_id: len(s.host) or len(s.gpu) for seq_id, s in self.live.items()}
         held[head.seq_id] = self._blocks(head.num_prompt_tokens)
         need = [self._peak(seq_id) - blocks for seq_id, blocks in held.items()]
         num_free = self.limits.num_host_blocks + self.limits.num_gpu_blocks - sum(held.values())
-        is_room = held[head.seq_id] <= num_host_free + num_coming
-        assert not (is_room and num_free >= max(need) + max(held.values())), "changed to decode with host room left"
+        is_room = held[head.seq_id] <= self.limits.num_host_blocks - host_used
+        is_room &= held[head.seq_id] <= self.limits.num_gpu_blocks - gpu_used
+        assert not (is_room and num_free >= max(need) + max(held.values())), "changed to decode with room left"
+
+    def _tables(self) -> list[tuple[tuple[int, ...], list[int]]]:
+        return [((), [])] + [(shadow.host, shadow.gpu) for shadow in self.live.values()]
 
     def _peak(self, seq_id: int) -> int:
         spec = self.jobs[seq_id].spec
@@ -311,36 +346,48 @@ class ShadowExecutor:
         action = self.compute.popleft()
         if isinstance(action, SwitchPhase):
             assert self.phase is not action.to
+            while self.transfers:
+                self._execute_transfer()
             self.phase = action.to
+            self._reshard(action.gpu_block_ids)
             self.compute_events.append(PhaseSwitched(action.to))
         elif isinstance(action, PrefillBatch):
             assert self.phase is Phase.PREFILL
             self._execute_prefill(action)
         else:
             assert isinstance(action, DecodeBatch)
-            assert self.phase is Phase.DECODE
-            self._execute_decode(action)
+            assert self.phase is Phase.DECODE or self.limits.has_one_phase
+            self.compute_events.append(DecodeDone(action.step_id, tuple(self._execute_rows(action.rows))))
+
+    def _reshard(self, block_ids) -> None:
+        assert len(set(block_ids)) == len(block_ids)
+        assert not (block_ids and self.limits.is_static)
+        for block_id in block_ids:
+            content = self.content.get(("gpu", block_id), {})
+            for offset, (seq_id, index, _) in content.items():
+                content[offset] = (seq_id, index, self.phase)
 
     def _execute_prefill(self, batch: PrefillBatch) -> None:
-        tokens = []
+        tokens = self._execute_rows(batch.rows)
         for chunk in batch.chunks:
-            self._check("prefill", chunk.block_ids, chunk.seq_id, chunk.start)
+            self._check("gpu", chunk.block_ids, chunk.seq_id, chunk.start)
             for index in range(chunk.start, chunk.start + chunk.num_tokens):
-                self._write("prefill", chunk.block_ids, chunk.seq_id, index)
+                self._write("gpu", chunk.block_ids, chunk.seq_id, index)
             if chunk.is_last:
                 tokens.append((chunk.seq_id, self.jobs[chunk.seq_id].tokens[0]))
-                self.transfers.append(chunk)
+                if chunk.host_block_ids:
+                    self.transfers.append(chunk)
         self.compute_events.append(PrefillDone(batch.step_id, tuple(tokens)))
 
-    def _execute_decode(self, batch: DecodeBatch) -> None:
+    def _execute_rows(self, rows: tuple[DecodeRow, ...]) -> list[tuple[int, int]]:
         tokens = []
-        for row in batch.rows:
+        for row in rows:
             shadow = self.live[row.seq_id]
             self._write("gpu", shadow.gpu, row.seq_id, row.position)
             self._check("gpu", shadow.gpu, row.seq_id, row.position + 1)
             shadow.num_executed += 1
             tokens.append((row.seq_id, self.jobs[row.seq_id].tokens[shadow.num_executed]))
-        self.compute_events.append(DecodeDone(batch.step_id, tuple(tokens)))
+        return tokens
 
     def _execute_transfer(self) -> None:
         action = self.transfers.pop(self.random.randrange(len(self.transfers)))
@@ -353,7 +400,7 @@ class ShadowExecutor:
             self._copy("gpu", shadow.gpu, "host", shadow.host, action.seq_id, num_tokens)
             self.transfer_events.append(EvictDone(action.seq_id))
         else:
-            self._copy("prefill", shadow.prefill, "host", shadow.host, action.seq_id, num_tokens)
+            self._copy("gpu", shadow.gpu, "host", shadow.host, action.seq_id, num_tokens)
             self.transfer_events.append(SwapOutDone(action.seq_id))
 
     # Events
@@ -363,11 +410,12 @@ class ShadowExecutor:
         answered = []
         if not isinstance(event, PhaseSwitched):
             batch = self.batches.pop(event.step_id)
-            parts = batch.chunks if isinstance(batch, PrefillBatch) else batch.rows
-            answered = [part.seq_id for part in parts]
+            stepped = [row.seq_id for row in batch.rows]
+            answered = stepped + [chunk.seq_id for chunk in getattr(batch, "chunks", ())]
+            for seq_id in stepped:
+                self.live[seq_id].steps_in_flight -= 1
         for seq_id in answered:
             self.live[seq_id].in_flight -= 1
-            self.live[seq_id].steps_in_flight -= isinstance(event, DecodeDone)
         for seq_id, _ in getattr(event, "tokens", ()):
             self.live[seq_id].num_tokens_known += 1
         self._finish(self.scheduler.update(event))
@@ -387,11 +435,11 @@ class ShadowExecutor:
         shadow = self.live[event.seq_id]
         shadow.in_flight -= 1
         if isinstance(event, SwapOutDone):
-            self._disown("prefill", shadow.prefill)
-            shadow.prefill = ()
+            self._disown("gpu", shadow.gpu)
+            shadow.gpu = []
         elif isinstance(event, SwapInDone):
             self._disown("host", shadow.host)
-            shadow.host, shadow.host_num_reserved, shadow.swapping_in = (), 0, False
+            shadow.host, shadow.swapping_in = (), False
         else:
             self._disown("gpu", shadow.gpu)
             shadow.gpu, shadow.slot = [], None

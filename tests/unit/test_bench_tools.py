@@ -75,7 +75,7 @@ def test_figures_relate_a_run_to_the_machine(tmp_path: Path):
         "transition": 0.0,
         "startup": 1.0,
     }
-    summary = {"elapsed_time": 2 * floor, "phase_seconds": seconds, "decode_steps": 10}
+    summary = {"elapsed_time": 2 * floor, "phase_seconds": seconds, "decode_steps": 10, "decode_rows": 40}
     row = figures(summary, shape, lengths, MACHINE, 2)
     assert row["prefill_mfu"] == pytest.approx(0.5, abs=1e-3)
     # Ten steps read the weights ten times; four sequences of about 1,005 tokens are read at each.

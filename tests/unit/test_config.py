@@ -75,6 +75,15 @@ def test_bad_setting_is_refused(changes, message):
         parse_config(VALUES | changes)
 
 
+def test_layouts_may_be_left_to_the_planner():
+    run = parse_config(VALUES | {"layouts": "auto", "hardware": "a10"})
+    assert run.has_auto_layouts
+    assert not parse_config(VALUES).has_auto_layouts
+    check_fit(run, SHAPE, 7)
+    with pytest.raises(UserError, match="max_position_embeddings is 256"):
+        check_fit(parse_config(VALUES | {"layouts": "auto", "max_model_len": 257}), SHAPE, 2)
+
+
 def test_host_reload_takes_any_pair_of_layouts():
     assert not parse_config(VALUES | {"layouts": "T2P3->T3P2", "weight_reshard": "host"}).layout_pair.is_nested
 

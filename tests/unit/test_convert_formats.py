@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cells import load_cells
 from family_models import make_family
 from models import make_llama
 from seesaw_ds.checkpoint.cell_layout import cell_name, cell_sizes, check_cells, choose_num_cells, is_cells_folder
@@ -29,6 +30,7 @@ from seesaw_ds.model.checkpoint import check_checkpoint
 from seesaw_ds.model.families import FAMILIES
 from seesaw_ds.model.tensors import expected_tensors, replicated_tensors
 from seesaw_ds.model.weights import SafetensorsSource, cell_tensors
+from seesaw_ds.reshard.plan import CellId
 from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
 
 COMPANIONS = {
@@ -148,17 +150,15 @@ def check_source(cells: Path, hf: Path, num_cells: int) -> None:
     expected = SafetensorsSource(shape, check_checkpoint(hf, shape), torch.float32)
     source = CellsSource(cells, shape, torch.float32)
     for layer in range(shape.num_layers):
+        found, wanted = (load_cells(each, shape, layer, num_cells) for each in (source, expected))
         for cell in range(num_cells):
-            matrices = source.cell(layer, cell, num_cells)
-            assert matrices.keys() == {piece.name for piece in cell_tensors(shape, num_cells)}
-            for name, matrix in expected.cell(layer, cell, num_cells).items():
-                assert torch.equal(matrices[name], matrix), (layer, cell, name)
+            for name, matrix in wanted[cell].items():
+                assert torch.equal(found[cell][name], matrix), (layer, cell, name)
     for rows in (Range(0, shape.vocab_size), Range(5, 77), Range(128, 128)):
         assert torch.equal(source.embedding(rows), expected.embedding(rows))
         assert torch.equal(source.head(rows), expected.head(rows))
     for name in replicated_tensors(shape):
         assert torch.equal(source.replicated(name), expected.replicated(name)), name
-    source.close()
 
 
 @pytest.mark.parametrize("num_cells", [1, 2, 4])
@@ -169,8 +169,13 @@ def test_the_engine_reads_the_same_cells_as_from_hugging_face(model, num_cells):
     assert check_cells(model["cells"], shape, num_cells) == 4
     check_source(model["cells"], model["hf"], num_cells)
     source = CellsSource(model["cells"], shape, torch.bfloat16)
-    assert source.cell(0, 0, num_cells)["qkv"].dtype == source.replicated("final").dtype == torch.bfloat16
-    source.close()
+    assert source.replicated("final").dtype == torch.bfloat16
+    for cell, exact in zip(
+        load_cells(source, shape, 0, num_cells, torch.bfloat16),
+        load_cells(CellsSource(model["cells"], shape, torch.float32), shape, 0, num_cells),
+        strict=True,
+    ):
+        assert all(torch.equal(matrix, exact[name].to(torch.bfloat16)) for name, matrix in cell.items())
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -197,7 +202,7 @@ def test_layouts_that_the_cells_cannot_make_are_refused(model):
     with pytest.raises(UserError, match=r"cut into 4 cells, of which these layouts cannot make 8; convert .*--max-tp"):
         check_cells(model["cells"], shape, 8)
     with pytest.raises(ValueError, match=r"num_cells=3: must divide the 4 cells"):
-        CellsSource(model["cells"], shape, torch.float32).cell(0, 0, 3)
+        CellsSource(model["cells"], shape, torch.float32).load({CellId(0, 0): {}}, 3, lambda done, total: None)
 
 
 def test_names_and_shapes_are_those_of_the_engine(model):

@@ -7,6 +7,7 @@ import torch
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
+from cells import load_cells
 from family_models import LONGROPE, WINDOW, family_config, make_family
 from seesaw_ds.errors import UserError
 from seesaw_ds.model.checkpoint import check_checkpoint
@@ -14,7 +15,7 @@ from seesaw_ds.model.families import FAMILIES
 from seesaw_ds.model.families.family import AttentionKind
 from seesaw_ds.model.rope import ModelRotation
 from seesaw_ds.model.tensors import expected_tensors, replicated_tensors
-from seesaw_ds.model.weights import DummySource, SafetensorsSource, cell_tensors
+from seesaw_ds.model.weights import DummySource, SafetensorsSource
 from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
 
 SLIDING, FULL = AttentionKind(WINDOW), AttentionKind()
@@ -119,11 +120,7 @@ def joined(source, shape: ModelShape, layer: int, num_cells: int) -> dict[str, t
     """A layer's cells put together: (parts, rows, hidden) of every matrix, parts being an expert's gate, say."""
     experts = max(1, shape.num_experts)
     num_parts = {"qkv": 1, "o": 1, "gate_up": 2 * experts, "down": experts}
-    cells = [source.cell(layer, cell, num_cells) for cell in range(num_cells)]
-    for cell in cells:
-        assert {name: matrix.shape for name, matrix in cell.items()} == {
-            piece.name: (piece.rows, piece.cols) for piece in cell_tensors(shape, num_cells)
-        }
+    cells = load_cells(source, shape, layer, num_cells)
     return {
         name: torch.cat([cell[name].unflatten(0, (parts, -1)) for cell in cells], dim=1)
         for name, parts in num_parts.items()

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from seesaw_ds.kv.device_pool import DeviceKVPool
+from seesaw_ds.kv.device_pool import DeviceKVPool, allocate_kv, block_numel
 from seesaw_ds.kv.host_pool import HostKVPool
 from seesaw_ds.kv.layout import HostBlockLayout
 from seesaw_ds.kv.swap import CopyEngine
@@ -43,7 +43,9 @@ def make_host_pool(layout: HostBlockLayout, num_blocks: int) -> HostKVPool:
 
 def make_device_pool(layout: HostBlockLayout, phase: Phase, rank: int, num_blocks: int) -> DeviceKVPool:
     shard = layout.shard(phase, rank)
-    return DeviceKVPool(shard, num_blocks, BLOCK_SIZE, HEAD_DIM, torch.float64, torch.device("cpu"))
+    numel = block_numel(shard, BLOCK_SIZE, HEAD_DIM)
+    memory = allocate_kv(num_blocks, numel, torch.float64, torch.device("cpu"))
+    return DeviceKVPool(memory, shard, BLOCK_SIZE, HEAD_DIM)
 
 
 @pytest.mark.parametrize("text", LAYOUTS)

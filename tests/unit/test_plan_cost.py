@@ -65,6 +65,33 @@ def test_linear_seconds_follow_the_roofline_and_round_its_ridge():
     assert model.linear_seconds(parameters, ridge) == pytest.approx(2**0.25 * memory, rel=0.01)
 
 
+def test_measured_products_take_the_place_of_the_roofline():
+    machine = replace(hardware("a10"), linear={"bfloat16": ((1.0, 1e-12), (100.0, 2e-12), (200.0, 4e-12))})
+    model = CostModel(MODEL, machine, ParallelLayout(), "bfloat16")
+    assert model.linear_seconds(1e9, 100) == pytest.approx(2e-3)
+    assert model.linear_seconds(1e9, 150) == pytest.approx(3e-3)
+    assert model.linear_seconds(1e9, 400) == pytest.approx(8e-3)
+    other = CostModel(MODEL, machine, ParallelLayout(), "float16")
+    assert other.linear_seconds(1e9, 1) == pytest.approx(cost("T1").linear_seconds(1e9, 1))
+
+
+def test_measured_bandwidths_hold_for_what_they_were_measured_on():
+    machine = replace(hardware("a10"), kv_bandwidth=1e9, element_bandwidth=2e9)
+    model = CostModel(MODEL, machine, ParallelLayout(), "bfloat16")
+    work = StepWork(num_tokens=1, decode_context=50_000, num_rows=1)
+    attention = 2 * 8 * 128 * 2 * 50_000 / 1e9
+    assert model.attention_seconds(work) == pytest.approx(attention)
+    rest = model.linear_seconds(MODEL.layer_parameters, 1) + machine.layer_seconds
+    assert model.layer_seconds(work) == pytest.approx(attention + rest + model.element_bytes(1) / 2e9)
+
+
+def test_padded_attention_reads_every_row_to_the_longest():
+    padded = CostModel(MODEL, replace(hardware("a10"), pads_decode=1.0), ParallelLayout(), "bfloat16")
+    assert padded.decode_work([10, 500, 90]) == StepWork(num_tokens=3, decode_context=1500, num_rows=3)
+    assert padded.decode_work([]) == StepWork()
+    assert cost("T1").decode_work([10, 500, 90]) == StepWork(num_tokens=3, decode_context=600, num_rows=3)
+
+
 def test_chunks_of_a_prompt_add_up_to_the_whole():
     whole = chunk_work(0, 1000, True)
     parts = add_work(chunk_work(0, 300, False), chunk_work(300, 700, True))
@@ -109,13 +136,30 @@ def test_a_dtype_without_a_rate_is_refused():
 def test_exchange_moves_what_is_missing_and_host_reload_everything():
     machine = replace(hardware("h200-p2p-off"), send_seconds=1e-12)
     layer_bytes = 80 * MODEL.layer_parameters * 2
-    exchange = reshard_seconds(MODEL, pair("P2->T2"), machine, "bfloat16", "exchange")
-    assert exchange.to_decode == pytest.approx(layer_bytes / 4 / machine.send_bandwidth)
+    exchange = reshard_seconds(MODEL, pair("P2->T2"), machine, "bfloat16", "exchange", 16)
+    assert exchange.to(Phase.DECODE) == pytest.approx(layer_bytes / 4 / machine.send_bandwidth)
     assert exchange.to(Phase.PREFILL) == pytest.approx(exchange.to(Phase.DECODE))
-    host = reshard_seconds(MODEL, pair("P2->T2"), machine, "bfloat16", "host")
-    assert host.to_decode == pytest.approx(layer_bytes / 2 / machine.host_to_device)
-    static = reshard_seconds(MODEL, pair("T2"), machine, "bfloat16", "host")
-    assert static.to_decode == static.to_prefill == 0.0
+    host = reshard_seconds(MODEL, pair("P2->T2"), machine, "bfloat16", "host", 16)
+    assert host.to(Phase.DECODE) == pytest.approx(layer_bytes / 2 / machine.host_to_device)
+    static = reshard_seconds(MODEL, pair("T2"), machine, "bfloat16", "host", 16)
+    assert static.to(Phase.DECODE, 100) == static.to(Phase.PREFILL, 100) == 0.0
+
+
+def test_kv_on_the_devices_moves_where_its_owner_changes_and_is_rewritten_everywhere():
+    machine = hardware("h200-p2p-off")
+    block_bytes = 2 * 80 * 8 * 16 * 128 * 2
+
+    def kv_seconds(layouts: str, num_blocks: int) -> float:
+        reshard = reshard_seconds(MODEL, pair(layouts), machine, "bfloat16", "exchange", 16)
+        return reshard.to(Phase.DECODE, num_blocks) - reshard.to(Phase.DECODE)
+
+    bandwidth = machine.memory_bandwidth * machine.memory_efficiency
+    # Half of a rank's half stays: layers 0 to 39 of half the heads.
+    in_two = 1000 * block_bytes * (2 / 2 / bandwidth + 1 / 4 / machine.send_bandwidth)
+    assert kv_seconds("P2->T2", 1000) == pytest.approx(in_two)
+    in_eight = 1000 * block_bytes * (2 / 8 / bandwidth + 7 / 64 / machine.send_bandwidth)
+    assert kv_seconds("P8->T8", 1000) == pytest.approx(in_eight)
+    assert kv_seconds("P2->T2", 0) == 0.0
 
 
 def test_copies_queue_and_slow_each_other_down():

@@ -66,6 +66,8 @@ def test_scaling_all_reduce_bandwidth_keeps_the_latency():
         ({"flops": {}}, "flops={}: must be a mapping"),
         ({"all_reduce": {2: [[0, 1.0]]}}, "at least two"),
         ({"all_reduce": {2: [[0, 2.0], [8, 1.0]]}}, "both rising"),
+        ({"linear": {"bfloat16": [[1, 2.0], [8, 1.0]]}}, "linear.bfloat16=.*both rising"),
+        ({"kv_bandwidth": 1e9}, "sources: kv_bandwidth has none"),
         ({"sources": {"flops": "a data sheet"}}, "sources: memory_bytes has none"),
     ],
 )
@@ -90,3 +92,12 @@ def test_unreadable_profiles_are_refused(tmp_path):
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(UserError, match="not YAML"):
         load_hardware(tmp_path / "broken.yaml")
+
+
+def test_calibrated_figures_are_read_and_may_be_left_out():
+    profile = values()
+    assert parse_hardware(profile).linear is None
+    profile["sources"] = profile["sources"] | {"linear": "measured here today", "pads_decode": "measured here today"}
+    parsed = parse_hardware(profile | {"linear": {"bfloat16": [[1, "1e-12"], [8, "2e-12"]]}, "pads_decode": 1})
+    assert parsed.linear == {"bfloat16": ((1.0, 1e-12), (8.0, 2e-12))}
+    assert parsed.pads_decode == 1.0

@@ -13,8 +13,8 @@ import pytest
 from plan_cases import ROOT, hardware, pair, run_config, shape
 from seesaw_ds.errors import UserError
 from seesaw_ds.plan.bounds import InputTotals
-from seesaw_ds.plan.candidates import broken_rule, find_candidates, layout_pairs
-from seesaw_ds.plan.planner import RANKING_STEPS, make_plan, simulate, thinned
+from seesaw_ds.plan.candidates import Constraints, broken_rule, find_candidates, layout_pairs
+from seesaw_ds.plan.planner import RANKING, make_plan, simulate, thinned
 from seesaw_ds.plan.report import plan_json, plan_table
 from seesaw_ds.plan.sensitivity import bandwidth_curves, output_ratio_curves
 from seesaw_ds.plan.workloads import RequestLength, workload_lengths
@@ -71,7 +71,7 @@ def test_what_was_pruned_could_not_have_won(plan_70b_a10):
     best = plan_70b_a10.ranking[0].seconds
     assert plan_70b_a10.pruned
     for candidate in plan_70b_a10.pruned[:4]:
-        assert simulate(candidate, MODEL, A10, totals, ARXIV, RANKING_STEPS).seconds > best
+        assert simulate(candidate, MODEL, A10, totals, ARXIV, RANKING).seconds > best
 
 
 def test_a_device_that_holds_the_model_needs_no_resharding():
@@ -115,6 +115,33 @@ def test_impossible_demands_say_what_is_needed(num_devices, host_gib, message):
     run = replace(RUN, kv_offloading_size=host_gib)
     with pytest.raises(UserError, match=message):
         make_plan(run, MODEL, A10, num_devices, ARXIV)
+
+
+def test_heads_that_no_tensor_parallel_size_divides_name_a_number_of_devices_that_would_do():
+    model = replace(shape("llama3-8b"), num_heads=10, num_kv_heads=5, intermediate_size=14335, num_layers=2)
+    lengths = [RequestLength(500, 100)] * 20
+    machine = replace(hardware("l4"), memory_bytes=3 << 30)
+    run = run_config("auto", lengths, 10.0)
+    with pytest.raises(UserError) as caught:
+        make_plan(run, model, machine, 3, lengths, devices_per_node=3)
+    message = str(caught.value)
+    assert "T3: num_attention_heads=10 is not a multiple of 3" in message
+    assert "P3: 3 stages for num_hidden_layers=2" in message
+    assert "; 5 devices of one node would do, as T5" in message
+
+
+def test_host_memory_bounds_the_pools():
+    with pytest.raises(UserError, match=r"1 x 640.0 GiB of KV are asked for, 100.0 GiB are free; lower kv_offloading"):
+        make_plan(RUN, MODEL, A10, 8, ARXIV, constraints=Constraints(host_bytes=100 << 30))
+
+
+def test_cells_of_the_checkpoint_and_micro_batch_sizes_bound_the_candidates():
+    limits = Constraints(micro_batch_tokens=(64, 96), folder_cells=4)
+    candidates, rejected = find_candidates(RUN, MODEL, A10, 8, 8, InputTotals.of(ARXIV), limits)
+    assert {candidate.run.max_num_batched_tokens for candidate in candidates} == {64, 96}
+    assert all(4 % candidate.pair.cells_per_layer == 0 for candidate in candidates)
+    reasons = {item.layouts: item.reason for item in rejected}
+    assert reasons["P8->T8"] == "the checkpoint's 4 cells a layer cannot make 8; convert it with --max-tp 8"
 
 
 def test_an_empty_input_is_refused():

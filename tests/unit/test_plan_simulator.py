@@ -8,9 +8,13 @@ from dataclasses import replace
 import pytest
 
 from plan_cases import hardware, limits_of, pair, run_config, shape
+from seesaw_ds.layout import Phase
 from seesaw_ds.plan.bounds import InputTotals, bound_seconds
-from seesaw_ds.plan.simulator import Simulator
+from seesaw_ds.plan.cost import CostModel
+from seesaw_ds.plan.simulator import Simulator, _Replica
+from seesaw_ds.plan.transfers import reshard_seconds
 from seesaw_ds.plan.workloads import RequestLength, workload_lengths
+from seesaw_ds.sched.output import DecodeBatch, DecodeRow, PrefillBatch, PrefillChunk, SwitchPhase
 
 MODEL = shape("llama2-70b")
 A10 = hardware("a10")
@@ -22,12 +26,67 @@ def simulate(layouts: str, lengths: list[RequestLength], host_gib: float = 640.0
     return Simulator(MODEL, A10, pair(layouts), limits, unit=unit).run(lengths)
 
 
-def test_parts_add_up_to_the_whole():
-    run = simulate("P8->T4P2", workload_lengths("arxiv", 60))
-    assert run.num_transitions == 1
+def replica(layouts: str) -> _Replica:
+    run = run_config(layouts, [RequestLength(1000, 100)], 640.0)
+    costs = {phase: CostModel(MODEL, A10, pair(layouts)[phase], "bfloat16") for phase in Phase}
+    reshard = reshard_seconds(MODEL, pair(layouts), A10, "bfloat16", "exchange", 16)
+    return _Replica(limits_of(run, MODEL, A10), costs, reshard, A10, unit=1)
+
+
+def mixed_batch(step_id: int, group: int) -> PrefillBatch:
+    chunk = PrefillChunk(100, 0, 256, tuple(range(100)), is_last=False)
+    return PrefillBatch(step_id, (chunk,), group, (DecodeRow(group, group, position=1000),))
+
+
+@pytest.mark.parametrize("mixed_steps", [True, False])
+@pytest.mark.parametrize("layouts", ["P8->T4P2", "T4P2"])
+def test_parts_add_up_to_the_whole(layouts, mixed_steps):
+    run = simulate(layouts, workload_lengths("arxiv", 60), mixed_steps=mixed_steps)
+    assert run.num_transitions == (0 if layouts == "T4P2" and mixed_steps else 1)
     assert run.prefill_seconds + run.decode_seconds + run.transition_seconds == pytest.approx(run.seconds)
-    assert 0.8 < run.busy_share <= 1
+    assert min(run.prefill_seconds, run.decode_seconds) > 0
+    assert 0.4 < run.busy_share <= 1
     assert run.requests_per_second == pytest.approx(60 / run.seconds)
+
+
+def test_rows_wait_for_their_last_token_and_other_groups_do_not():
+    same, others = replica("P8->T4P2"), replica("P8->T4P2")
+    for step in range(2):
+        same._execute(mixed_batch(step, group=0), 0.0)
+        others._execute(mixed_batch(step, group=step), 0.0)
+    gap, other_gap = (ends[1][0] - ends[0][0] for ends in (sorted(same.events), sorted(others.events)))
+    first = min(same.events)[0]
+    assert gap == pytest.approx(first)  # through all eight stages again
+    assert other_gap == pytest.approx(first / 8, rel=0.1)  # through the slowest one
+    assert sorted(same.events)[0][2].tokens == ((0, 0),)
+
+
+def test_a_step_in_the_prefill_phase_has_the_prefill_layout():
+    batch = DecodeBatch(0, 0, (DecodeRow(0, 0, position=1000),))
+    before, after = replica("P8->T4P2"), replica("P8->T4P2")
+    after._execute(SwitchPhase(Phase.DECODE), 0.0)
+    switched = after.events.pop()[0]
+    before._execute(batch, 0.0)
+    after._execute(batch, switched)
+    assert before.events[0][0] > 3 * (after.events[0][0] - switched)  # eight stages of one device against two of four
+
+
+def test_a_switch_moves_the_kv_that_stays_on_the_devices():
+    empty, full = replica("P8->T4P2"), replica("P8->T4P2")
+    empty._execute(SwitchPhase(Phase.DECODE), 0.0)
+    full._execute(SwitchPhase(Phase.DECODE, tuple(range(5000))), 0.0)
+    received = 5000 * 2 * 80 * 8 * 16 * 128 * 2 * 3 / 32 / A10.send_bandwidth  # a rank had a quarter of its new eighth
+    assert full.events[0][0] - empty.events[0][0] == pytest.approx(received, rel=0.1)
+
+
+def test_riding_rows_shorten_the_run():
+    lengths = workload_lengths("arxiv", 150)
+    for layouts in ("P8->T4P2", "P8->T8"):
+        mixed = simulate(layouts, lengths, max_num_batched_tokens=256)
+        apart = simulate(layouts, lengths, mixed_steps=False)
+        assert mixed.seconds < 0.95 * apart.seconds
+        assert mixed.riding_share > 0.2
+        assert apart.riding_share == 0.0
 
 
 def test_one_request_takes_its_prefill_and_its_steps_one_after_the_other():
@@ -51,21 +110,31 @@ def test_equal_inputs_give_equal_runs():
     assert simulate("P8->T4P2", lengths) == simulate("P8->T4P2", lengths)
 
 
-@pytest.mark.parametrize("layouts", ["P8->T4P2", "T8", "P8"])
+@pytest.mark.parametrize(
+    ("layouts", "changes"),
+    [
+        ("P8->T4P2", {"max_num_batched_tokens": 256}),
+        ("P8->T8", {"max_num_batched_tokens": 512}),
+        ("P8->T4P2", {"mixed_steps": False}),
+        ("T8", {"mixed_steps": False}),
+    ],
+)
 @pytest.mark.parametrize("workload", ["arxiv", "sharegpt"])
-def test_units_change_the_seconds_by_little_and_the_transitions_not_at_all(layouts, workload):
+def test_units_change_the_seconds_by_little_and_the_transitions_not_at_all(layouts, changes, workload):
     lengths = workload_lengths(workload, 150)
-    fine, coarse = (simulate(layouts, lengths, unit=unit) for unit in (1, 8))
+    fine, coarse = (simulate(layouts, lengths, unit=unit, **changes) for unit in (1, 8))
     assert coarse.seconds == pytest.approx(fine.seconds, rel=0.06)
+    assert coarse.riding_share == pytest.approx(fine.riding_share, abs=0.1)
     assert coarse.num_transitions == fine.num_transitions
     assert coarse.mean_decode_batch == pytest.approx(fine.mean_decode_batch, rel=0.15)
 
 
 @pytest.mark.parametrize("layouts", ["P8->T4P2", "P8->T8", "T8", "P8", "T4P2->T8", "T2P4->T4P2"])
 @pytest.mark.parametrize("workload", ["arxiv", "sharegpt", "3000x1", "100x300"])
-def test_no_run_beats_the_closed_form(layouts, workload):
+@pytest.mark.parametrize("changes", [{"max_num_batched_tokens": 256}, {}, {"mixed_steps": False}], ids=str)
+def test_no_run_beats_the_closed_form(layouts, workload, changes):
     lengths = workload_lengths(workload, 80)
-    run = run_config(layouts, lengths, 640.0)
+    run = run_config(layouts, lengths, 640.0, **changes)
     limits = limits_of(run, MODEL, A10)
     bound = bound_seconds(MODEL, A10, pair(layouts), limits, InputTotals.of(lengths), "bfloat16", "exchange")
     simulated = Simulator(MODEL, A10, pair(layouts), limits).run(lengths)

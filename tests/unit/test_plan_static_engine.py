@@ -6,7 +6,7 @@ import pytest
 
 from plan_cases import hardware, shape
 from seesaw_ds.layout import ParallelLayout
-from seesaw_ds.plan.static_engine import BatchPolicy, StaticEngineLimits, run_static_engine
+from seesaw_ds.plan.static_engine import BatchPolicy, HostWork, StaticEngineLimits, run_static_engine
 from seesaw_ds.plan.workloads import RequestLength, workload_lengths
 
 MODEL = shape("llama2-70b")
@@ -60,6 +60,38 @@ def test_more_room_is_never_slower_by_much():
     assert simulate(lengths, kv_tokens=130_000).seconds < simulate(lengths, kv_tokens=20_000).seconds
 
 
+@pytest.mark.parametrize("host", [HostWork(7.3e-3, 0.0), HostWork(0.0, 83e-6)])
+def test_a_slow_host_takes_the_share_that_was_published_for_it(host):
+    """vLLM 0.5.3, Llama-3-8B on one H100: 29% of the time on the host between steps, 38% on the GPU."""
+    limits = StaticEngineLimits(400_000, 256, 8192)
+    lengths = workload_lengths("sharegpt", 500)
+    run = run_static_engine(
+        shape("llama3-8b"), hardware("h100"), ParallelLayout(), limits, BatchPolicy.PREFILL_FIRST, lengths, host=host
+    )
+    assert run.busy_share == pytest.approx(38 / (38 + 29), abs=0.01)
+
+
+def test_a_slow_host_is_hidden_by_a_pipeline_until_it_cannot_keep_up():
+    lengths = workload_lengths("sharegpt", 100)
+    fast, slow, slowest = (run_with_host("P8", lengths, seconds) for seconds in (1e-3, 5e-3, 0.5))
+    assert slow < 1.1 * fast
+    assert slowest > 2 * fast
+    assert run_with_host("T8", lengths, 5e-3) > run_with_host("T8", lengths, 1e-3)
+
+
+def run_with_host(layout: str, lengths, step_seconds: float) -> float:
+    limits = StaticEngineLimits(130_000, 256, 512)
+    return run_static_engine(
+        MODEL,
+        hardware("a10"),
+        ParallelLayout.parse(layout),
+        limits,
+        BatchPolicy.CHUNKED,
+        lengths,
+        host=HostWork(step_seconds, 0.0),
+    ).seconds
+
+
 def test_equal_inputs_give_equal_runs():
     lengths = workload_lengths("sharegpt", 100)
     assert simulate(lengths, "T4P2") == simulate(lengths, "T4P2")
@@ -84,8 +116,8 @@ def test_a_request_larger_than_the_room_is_refused():
         ("h200-p2p-off", "P2", "3000x1000", 120, 0.87),
     ],
 )
-def test_vllm_measured_on_two_h200_is_met_within_20_percent(machine, layout, workload, num_requests, measured):
+def test_vllm_measured_on_two_h200_is_met_within_10_percent(machine, layout, workload, num_requests, measured):
     """vLLM 0.26 at 92% of the memory; nothing in the profiles was fitted to it."""
     lengths = workload_lengths(workload, num_requests)
     run = simulate(lengths, layout, kv_tokens=400_000, tokens=8192, machine=machine)
-    assert run.requests_per_second == pytest.approx(measured, rel=0.2)
+    assert run.requests_per_second == pytest.approx(measured, rel=0.1)

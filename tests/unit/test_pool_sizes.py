@@ -8,7 +8,7 @@ import pytest
 
 from seesaw_ds.config import RunConfig
 from seesaw_ds.errors import UserError
-from seesaw_ds.plan.memory import GIB, blocks_for, size_pools
+from seesaw_ds.plan.memory import GIB, blocks_for, kv_block_bytes, most_step_tokens, size_pools
 from seesaw_ds.shapes import ModelShape
 
 SHAPE = ModelShape(
@@ -32,7 +32,7 @@ ROW_BYTES = 8 * 2 * 8 * 16 * 32 * 2  # layers, keys and values, KV heads, tokens
 
 def spent_bytes(run: RunConfig, device_bytes: int) -> int:
     device = size_pools(run, SHAPE, device_bytes).device
-    return device.weights + device.embeddings + device.activations + device.prefill_kv + device.decode_kv
+    return device.weights + device.embeddings + device.activations + device.kv
 
 
 def test_blocks_are_rounded_up():
@@ -45,7 +45,7 @@ def test_gpu_pool_takes_the_memory_that_is_left_and_no_more(layouts):
     device_bytes = GIB
     sizes = size_pools(run, SHAPE, device_bytes)
     assert sizes.num_gpu_blocks < run.max_num_seqs * LONGEST
-    block_bytes, rest = divmod(sizes.device.decode_kv, sizes.num_gpu_blocks)
+    block_bytes, rest = divmod(sizes.device.kv, sizes.num_gpu_blocks)
     assert rest == 0
     assert block_bytes == ROW_BYTES // run.layout_pair.replica_size
     budget = device_bytes // 2
@@ -64,9 +64,21 @@ def test_weights_are_those_of_the_larger_phase():
         assert weights == expected, layouts
 
 
-def test_prefill_pool_holds_a_longest_prompt_beside_the_micro_batches_in_flight():
-    sizes = size_pools(RUN, SHAPE, 64 * GIB)
-    assert sizes.num_prefill_blocks == LONGEST + (4 + 3) * 512 // 16
+def test_a_block_takes_what_the_rank_and_phase_with_most_of_it_need():
+    seven_layers = replace(SHAPE, num_layers=7)
+    for layouts, layer_heads in (("P4->T4", 16), ("P2->T2", 32), ("T4", 14), ("P7->T7", 8)):
+        shape = replace(seven_layers, num_kv_heads=7) if layouts == "P7->T7" else seven_layers
+        one_part = 2 * 16 * 32 * 2  # keys and values of a layer and head: tokens, head_dim, bfloat16
+        assert kv_block_bytes(replace(RUN, layouts=layouts), shape, "bfloat16") == one_part * (
+            7 if layouts == "P7->T7" else layer_heads
+        ), layouts
+
+
+def test_activations_have_room_for_the_rows_that_ride_in_a_micro_batch():
+    many = replace(RUN, max_num_seqs=4096)
+    assert most_step_tokens(RUN) == 512  # 64 rows of one of four groups, and prompts
+    assert most_step_tokens(many) == 1024 + 512 // 4
+    assert most_step_tokens(replace(many, mixed_steps=False)) == 512
 
 
 def test_host_pool_is_shared_out_to_the_replicas():
@@ -87,7 +99,7 @@ def test_blocks_set_by_hand_are_taken():
         ({"num_gpu_kv_blocks": LONGEST - 1}, GIB, r"num_gpu_kv_blocks=63: .* needs 64 blocks of kv_block_size=16"),
         ({"num_host_kv_blocks": LONGEST - 1}, GIB, r"num_host_kv_blocks=63: .* needs 64 blocks.*kv_offloading_size"),
         ({"kv_offloading_size": 0.001}, GIB, r"num_host_kv_blocks=8: .* needs 64 blocks"),
-        ({}, 32 << 20, r"gpu_memory_utilization=0.9: of 0.03 GiB .* leaves 0 KV blocks .* needs 64"),
+        ({}, 16 << 20, r"gpu_memory_utilization=0.9: of 0.01 GiB .* leaves 0 KV blocks .* needs 64"),
         ({"gpu_memory_utilization": 0.01}, GIB, r"gpu_memory_utilization=0.01: of 0.01 GiB a device"),
     ],
 )
@@ -98,4 +110,6 @@ def test_pool_too_small_for_one_request_is_refused(changes, device_bytes, messag
 
 def test_shorter_requests_need_smaller_pools():
     run = replace(RUN, max_model_len=32, num_gpu_kv_blocks=2, num_host_kv_blocks=2)
-    assert size_pools(run, SHAPE, GIB).num_prefill_blocks == 2 + (4 + 3) * 512 // 16
+    assert size_pools(run, SHAPE, GIB).num_gpu_blocks == 2
+    with pytest.raises(UserError, match="num_gpu_kv_blocks=2"):
+        size_pools(replace(run, max_model_len=33), SHAPE, GIB)

@@ -21,7 +21,7 @@ def finished_metrics():
     metrics.request_done(prompt_tokens=500, output_tokens=40)
     metrics.request_failed()
     metrics.set_evictions(0, 3)
-    metrics.set_decode_steps(0, 12)
+    metrics.set_decode_steps(0, 12, 300)
     metrics.set_rank(1, RankCounters(0.5, GIB, 2 * GIB, GIB, 8 * GIB, GIB))
     metrics.set_rank(0, RankCounters(0.75, 9, 9, 9, 9, 9))
     metrics.set_rank(0, RankCounters(1.0, GIB, 2 * GIB, 3 * GIB, 10 * GIB, GIB // 2))
@@ -47,6 +47,7 @@ def test_summary():
         "transitions": 1,
         "evictions": 3,
         "decode_steps": 12,
+        "decode_rows": 300,
         "reshard": {
             "seconds": 0.5,
             "weight_bytes": 2 * GIB,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -36,18 +37,18 @@ def runs(draw):
     jobs = make_jobs(
         seed, draw(st.integers(1, 24)), draw(st.sampled_from([1, 6, 20])), draw(st.sampled_from([1, 8, 24]))
     )
-    largest_prompt = max(blocks_for(job.spec.num_prompt_tokens, block_size) for job in jobs)
     peak = max(blocks_for(job.spec.num_prompt_tokens + job.spec.max_tokens - 1, block_size) for job in jobs)
     spare = st.sampled_from([0, 0, 1, 3, 10, 60])
     limits = SchedulerLimits(
         block_size=block_size,
-        num_prefill_blocks=largest_prompt + draw(spare),
         num_gpu_blocks=peak + draw(spare),
         num_host_blocks=peak + draw(spare),
         max_num_seqs=draw(st.sampled_from([1, 2, 5, 30])),
         max_num_batched_tokens=draw(st.sampled_from([1, 3, 8, 64])),
         prefill_stages=draw(st.integers(1, 3)),
         decode_stages=draw(st.integers(1, 3)),
+        mixes_steps=draw(st.booleans()),
+        is_static=draw(st.booleans()),
     )
     scheduler = Scheduler(
         limits,
@@ -59,7 +60,7 @@ def runs(draw):
 
 def check_empty(scheduler: Scheduler) -> None:
     stats = scheduler.stats()
-    assert (stats.num_prefill_blocks_used, stats.num_gpu_blocks_used, stats.num_host_blocks_used) == (0, 0, 0)
+    assert (stats.num_gpu_blocks_used, stats.num_host_blocks_used) == (0, 0)
     assert (stats.num_waiting, stats.num_prefilling, stats.num_host, stats.num_running) == (0, 0, 0, 0)
     scheduler.check_integrity()
 
@@ -87,8 +88,17 @@ def test_aborts_leave_nothing_behind(run, abort_rate: float) -> None:
     check_empty(scheduler)
 
 
-def test_tight_pools_evict_and_change_phase_often() -> None:
-    """Sequences that end at some stop token are evicted and stalled, and all the same end as they should."""
+@pytest.mark.parametrize(
+    ("mode", "least"),
+    [
+        ({}, {"Evict": 5, "SwitchPhase": 5}),
+        ({"mixes_steps": False}, {"Evict": 5, "SwitchPhase": 5}),
+        ({"is_static": True}, {"Evict": 20}),
+    ],
+    ids=["mixed", "separated", "one phase"],
+)
+def test_tight_pools_evict_and_change_phase_often(mode: dict[str, bool], least: dict[str, int]) -> None:
+    """Sequences go on for longer than expected: they are evicted and stalled, and all the same end as they should."""
     jobs = []
     for seq_id in range(40):
         length = 10 + 7 * seq_id % 23
@@ -96,18 +106,18 @@ def test_tight_pools_evict_and_change_phase_often() -> None:
         jobs.append(Job(spec, tuple(STOP if count == length else 0 for count in range(1, 25))))
     limits = SchedulerLimits(
         block_size=2,
-        num_prefill_blocks=8,
-        num_gpu_blocks=18,
-        num_host_blocks=18,
+        num_gpu_blocks=16,
+        num_host_blocks=40,
         max_num_seqs=12,
         max_num_batched_tokens=8,
         prefill_stages=2,
         decode_stages=2,
+        **mode,
     )
-    scheduler = Scheduler(limits)
+    scheduler = Scheduler(limits, expected_output_tokens=1)
     executor = ShadowExecutor(scheduler, jobs, seed=7)
     executor.run()
     assert executor.finished == {job.spec.seq_id: job.expected for job in jobs}
-    assert executor.counts["Evict"] >= 5
-    assert executor.counts["SwitchPhase"] >= 8
+    for kind, count in least.items():
+        assert executor.counts[kind] >= count
     check_empty(scheduler)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cells import load_cells
 from models import make_llama
 from seesaw_ds.layout import Range, split_evenly
 from seesaw_ds.model.checkpoint import check_checkpoint
 from seesaw_ds.model.tensors import replicated_tensors
-from seesaw_ds.model.weights import DummySource, SafetensorsSource, WeightSource, cell_tensors, vocab_shard
+from seesaw_ds.model.weights import DummySource, SafetensorsSource, WeightSource, vocab_shard
 from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
 
 CUTS = [1, 2, 4, 8]
@@ -27,13 +28,11 @@ def checkpoint(request, tmp_path_factory) -> tuple[ModelShape, dict[str, torch.T
     return shape, {name: tensor.detach() for name, tensor in model.state_dict().items()}, source
 
 
-def whole_layer(source: WeightSource, shape: ModelShape, layer: int, num_cells: int) -> dict[str, torch.Tensor]:
+def whole_layer(
+    source: WeightSource, shape: ModelShape, layer: int, num_cells: int, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
     """A layer's cells as the matrices of a Hugging Face checkpoint, by their short names."""
-    cells = [source.cell(layer, cell, num_cells) for cell in range(num_cells)]
-    for cell in cells:
-        sizes = {name: tuple(matrix.shape) for name, matrix in cell.items()}
-        assert sizes == {piece.name: (piece.rows, piece.cols) for piece in cell_tensors(shape, num_cells)}
-        assert all(matrix.is_contiguous() for matrix in cell.values())
+    cells = load_cells(source, shape, layer, num_cells, dtype)
     qkv = torch.cat([cell["qkv"] for cell in cells])
     by_head = qkv.view(shape.num_kv_heads, shape.queries_per_kv_head + 2, shape.head_dim, shape.hidden_size)
     gates, ups = zip(*(cell["gate_up"].chunk(2) for cell in cells), strict=True)
@@ -84,10 +83,9 @@ def test_weights_come_in_the_runs_dtype(tmp_path):
     model = make_llama(tmp_path)
     shape = model_shape(read_hf_config(tmp_path))
     source = SafetensorsSource(shape, check_checkpoint(tmp_path, shape), torch.bfloat16)
-    down = whole_layer(source, shape, 0, 2)["down"]
+    down = whole_layer(source, shape, 0, 2, torch.bfloat16)["down"]
     assert torch.equal(down, model.model.layers[0].mlp.down_proj.weight.to(torch.bfloat16))
     assert source.replicated("final").dtype == source.embedding(Range(0, 3)).dtype == torch.bfloat16
-    source.close()
 
 
 def dummy_source(seed: int = 0, **changes) -> tuple[ModelShape, DummySource]:

@@ -44,17 +44,24 @@ def _rule_arguments(rule: AttentionRule) -> dict[str, float | int | None]:
     }
 
 
-def _pages(batch: AttentionBatch, block_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pages(kv_lens: np.ndarray, block_tables: np.ndarray, block_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """FlashInfer's form of the block tables: (offsets of each sequence, blocks of all, tokens in each last block)."""
-    num_blocks = -(-batch.kv_lens // block_size)
-    used = np.arange(batch.block_tables.shape[1], dtype=np.int32) < num_blocks[:, None]
+    num_blocks = -(-kv_lens // block_size)
+    used = np.arange(block_tables.shape[1], dtype=np.int32) < num_blocks[:, None]
     offsets = np.zeros(len(num_blocks) + 1, dtype=np.int32)
     np.cumsum(num_blocks, out=offsets[1:])
-    return offsets, batch.block_tables[used], (batch.kv_lens - (num_blocks - 1) * block_size).astype(np.int32)
+    return offsets, block_tables[used], (kv_lens - (num_blocks - 1) * block_size).astype(np.int32)
+
+
+def _decode_workspace_bytes(max_num_rows: int, num_heads: int, head_dim: int) -> int:
+    return WORKSPACE_BYTES // 2 + _SPLIT_COPIES * max_num_rows * num_heads * head_dim * 4
 
 
 class FlashInferPrefill:
-    """Chunks of prompts, of any lengths; causal, each attending to what its sequence has in the cache."""
+    """Chunks of prompts, of any lengths, after decode rows; causal, each attends to what its sequence has in the cache.
+
+    Decode rows have a kernel of their own, which splits long KV among thread blocks.
+    """
 
     def __init__(
         self,
@@ -63,6 +70,7 @@ class FlashInferPrefill:
         num_kv_heads: int,
         head_dim: int,
         block_size: int,
+        max_num_rows: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -71,31 +79,57 @@ class FlashInferPrefill:
         self._block_size = block_size
         self._dtype = dtype
         self._device = device
-        workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self._wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
+        self._num_rows = 0
+        self._has_chunks = False
+        chunk_workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self._chunks = BatchPrefillWithPagedKVCacheWrapper(chunk_workspace, "HND")
+        row_bytes = _decode_workspace_bytes(max_num_rows, num_heads, head_dim)
+        row_workspace = torch.empty(row_bytes, dtype=torch.uint8, device=device)
+        self._rows = BatchDecodeWithPagedKVCacheWrapper(row_workspace, "HND", use_tensor_cores=True, backend="fa2")
         self._fence = _PlanFence()
 
     def plan(self, batch: AttentionBatch) -> None:
-        offsets, blocks, last_lens = _pages(batch, self._block_size)
-        query_offsets = np.zeros(len(batch.query_lens) + 1, dtype=np.int32)
-        np.cumsum(batch.query_lens, out=query_offsets[1:])
+        num_rows = batch.num_decode_rows
+        self._num_rows = num_rows
+        self._has_chunks = num_rows < len(batch.query_lens)
+        settings = {"q_data_type": self._dtype, "kv_data_type": self._dtype, **self._rule}
+        kv_lens, tables = batch.kv_lens, batch.block_tables
         self._fence.wait()
-        self._wrapper.plan(
-            torch.from_numpy(query_offsets),
-            torch.from_numpy(offsets),
-            to_device(blocks, self._device),
-            torch.from_numpy(last_lens),
-            *self._heads,
-            self._block_size,
-            causal=True,
-            q_data_type=self._dtype,
-            kv_data_type=self._dtype,
-            **self._rule,
-        )
+        if num_rows:
+            offsets, blocks, last_lens = _pages(kv_lens[:num_rows], tables[:num_rows], self._block_size)
+            self._rows.plan(
+                torch.from_numpy(offsets),
+                to_device(blocks, self._device),
+                torch.from_numpy(last_lens),
+                *self._heads,
+                self._block_size,
+                **settings,
+            )
+        if self._has_chunks:
+            query_lens = batch.query_lens[num_rows:]
+            offsets, blocks, last_lens = _pages(kv_lens[num_rows:], tables[num_rows:], self._block_size)
+            query_offsets = np.zeros(len(query_lens) + 1, dtype=np.int32)
+            np.cumsum(query_lens, out=query_offsets[1:])
+            self._chunks.plan(
+                torch.from_numpy(query_offsets),
+                torch.from_numpy(offsets),
+                to_device(blocks, self._device),
+                torch.from_numpy(last_lens),
+                *self._heads,
+                self._block_size,
+                causal=True,
+                **settings,
+            )
         self._fence.record()
 
     def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
-        return self._wrapper.run(q_NHD, kv_cache)
+        if not self._num_rows:
+            return self._chunks.run(q_NHD, kv_cache)
+        out_NHD = torch.empty_like(q_NHD)
+        self._rows.run(q_NHD[: self._num_rows], kv_cache, out=out_NHD[: self._num_rows])
+        if self._has_chunks:
+            self._chunks.run(q_NHD[self._num_rows :], kv_cache, out=out_NHD[self._num_rows :])
+        return out_NHD
 
 
 class FlashInferDecode:
@@ -119,8 +153,8 @@ class FlashInferDecode:
         self._block_size = block_size
         self._dtype = dtype
         self._device = device
-        split_bytes = _SPLIT_COPIES * max_num_seqs * num_heads * head_dim * 4
-        self._workspace = torch.empty(WORKSPACE_BYTES // 2 + split_bytes, dtype=torch.uint8, device=device)
+        workspace_bytes = _decode_workspace_bytes(max_num_seqs, num_heads, head_dim)
+        self._workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
         self._blocks = torch.zeros(max_num_blocks, dtype=torch.int32, device=device)
         self._offsets = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
         self._last_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
@@ -128,7 +162,7 @@ class FlashInferDecode:
         self._wrapper: BatchDecodeWithPagedKVCacheWrapper | None = None
 
     def plan(self, batch: AttentionBatch) -> None:
-        offsets, blocks, last_lens = _pages(batch, self._block_size)
+        offsets, blocks, last_lens = _pages(batch.kv_lens, batch.block_tables, self._block_size)
         self._wrapper, fence = self._of_size(len(batch.kv_lens))
         fence.wait()
         self._wrapper.plan(

@@ -32,11 +32,14 @@ class AttentionBatch:
     query_lens    (B,) tokens of each sequence in the batch, in batch order; their sum is N
     kv_lens       (B,) tokens of each sequence up to and with this step's
     block_tables  (B, W) each sequence's KV blocks, in order; what is past its end is any valid block
+
+    The first `num_decode_rows` sequences have one token each, at its end.
     """
 
     query_lens: np.ndarray
     kv_lens: np.ndarray
     block_tables: np.ndarray
+    num_decode_rows: int = 0
 
 
 class AttentionBackend(Protocol):

@@ -1,0 +1,133 @@
+"""All-reduce through host memory in one kernel, for devices that cannot reach each other's memory.
+
+Every rank writes its tensor to a slot of memory that the node shares and reads the others' slots. Only host memory is
+used: no CUDA IPC, no peer access, no multicast. `host_all_reduce_kernel` has the protocol and why it is right.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from seesaw_ds.parallel.all_reduce import BackendAllReduce
+from seesaw_ds.parallel.shared_memory import NodeSharedMapping
+
+VECTOR_BYTES = 16  # what one thread loads or stores at once
+NUM_WRITERS = 32  # blocks; as many read. Together they fit on the smallest devices at once
+MIN_CHUNK_BYTES = 4 << 10
+MAX_CHUNK_BYTES = 16 << 10
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_READ_BYTES = 8 << 20  # what a rank may read from the others in one call; NCCL's pipeline takes over beyond
+_MAX_WARPS = 16
+_FLAG_STRIDE = 8  # int64 from one flag to the next: each has a cache line of its own
+
+
+def max_tensor_bytes(num_ranks: int) -> int:
+    """The largest tensor worth sending: every rank reads those of all others. A multiple of MIN_CHUNK_BYTES."""
+    return _READ_BYTES // (num_ranks - 1) // MIN_CHUNK_BYTES * MIN_CHUNK_BYTES
+
+
+def chunk_bytes_for(num_bytes: int, num_writers: int) -> int:
+    """What one block writes before it raises a flag: a power of two.
+
+    A small tensor gives each writer one chunk. A large one gives several, so that reading begins while writing goes on.
+    """
+    share = -(-num_bytes // num_writers)
+    return min(max(1 << (share - 1).bit_length(), MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
+
+
+def _flags_per_rank(num_ranks: int) -> int:
+    return max_tensor_bytes(num_ranks) // MIN_CHUNK_BYTES
+
+
+def _slots_bytes(num_ranks: int) -> int:
+    """Two halves for each rank: the kernel's module says why."""
+    return 2 * num_ranks * max_tensor_bytes(num_ranks)
+
+
+def required_bytes(num_ranks: int) -> int:
+    """Size of the mapping: all ranks' slots, then all ranks' flags."""
+    flag_bytes = _FLAG_STRIDE * torch.int64.itemsize
+    return _slots_bytes(num_ranks) + num_ranks * _flags_per_rank(num_ranks) * flag_bytes
+
+
+def share_mapping(name: str, group: ProcessGroup) -> NodeSharedMapping:
+    """The zeroed memory of one `HostStagedAllReduce`, locked and known to CUDA. Collective over `group`, of one node.
+
+    `name` is used once per node. Raises UserError when the memory is refused.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    if group.rank() == 0:
+        mapping = NodeSharedMapping.create(name, required_bytes(group.size()), store)
+        mapping.populate()
+    else:
+        mapping = NodeSharedMapping.attach(name, store)
+    dist.barrier(group=group)
+    mapping.register_for_dma()
+    return mapping
+
+
+class HostStagedAllReduce:
+    """Sums in float32 in the order of the ranks, so all get the same bits. NCCL for tensors that are large or odd.
+
+    All ranks of the group make the same calls in the same order, each on one stream at a time. In a CUDA graph as well:
+    what tells one call from the next is counted on the device.
+    """
+
+    def __init__(
+        self, group: ProcessGroup, device: torch.device, mapping: NodeSharedMapping, num_writers: int = NUM_WRITERS
+    ) -> None:
+        from seesaw_ds.parallel.host_all_reduce_kernel import reduce_through_host
+
+        self._kernel = reduce_through_host
+        self._rank = group.rank()
+        self._num_ranks = group.size()
+        self._num_writers = num_writers
+        self._fallback = BackendAllReduce(group)
+        self._max_bytes = max_tensor_bytes(self._num_ranks)
+        self._num_flags = _flags_per_rank(self._num_ranks)
+        # Host tensors that kernels take as they are, for the memory is registered with CUDA.
+        slots_bytes = _slots_bytes(self._num_ranks)
+        self._slots = {dtype: mapping.tensor(0, (slots_bytes // dtype.itemsize,), dtype) for dtype in _DTYPES}
+        flags_shape = (self._num_ranks, self._num_flags, _FLAG_STRIDE)
+        self._flags = mapping.tensor(slots_bytes, flags_shape, torch.int64)
+        self._calls = torch.zeros(2 * num_writers, dtype=torch.int64, device=device)
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        num_bytes = tensor.numel() * tensor.element_size()
+        if not 0 < num_bytes <= self._max_bytes or num_bytes % VECTOR_BYTES or tensor.dtype not in _DTYPES:
+            return self._fallback(tensor)
+        return self.reduce(tensor, chunk_bytes_for(num_bytes, self._num_writers))
+
+    def reduce(self, tensor: torch.Tensor, chunk_bytes: int) -> torch.Tensor:
+        """The sum by the kernel, whatever the tensor: contiguous, a multiple of 16 bytes, `max_tensor_bytes` at most.
+
+        `chunk_bytes` is a power of two, from MIN_CHUNK_BYTES on, and the same on every rank.
+        """
+        num_bytes = tensor.numel() * tensor.element_size()
+        assert tensor.is_contiguous(), tensor.stride()
+        assert 0 < num_bytes <= self._max_bytes, num_bytes
+        assert num_bytes % VECTOR_BYTES == 0, num_bytes
+        result = torch.empty_like(tensor)
+        self._kernel[(2 * self._num_writers,)](
+            tensor,
+            result,
+            self._slots[tensor.dtype],
+            self._flags,
+            self._calls,
+            num_bytes // VECTOR_BYTES,
+            RANK=self._rank,
+            NUM_RANKS=self._num_ranks,
+            SLOT_VECTORS=self._max_bytes // VECTOR_BYTES,
+            NUM_FLAGS=self._num_flags,
+            FLAG_STRIDE=_FLAG_STRIDE,
+            CHUNK_VECTORS=chunk_bytes // VECTOR_BYTES,
+            VECTOR=VECTOR_BYTES // tensor.element_size(),
+            num_warps=min(_MAX_WARPS, chunk_bytes // (32 * VECTOR_BYTES)),
+            num_stages=1,  # loads must stay behind the flags they wait for
+        )
+        return result
+
+    def after_capture(self) -> None:
+        pass

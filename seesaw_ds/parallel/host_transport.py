@@ -1,0 +1,199 @@
+"""Transfers through host memory by the copy engines, for devices that cannot reach each other's memory.
+
+Each ordered pair of ranks has a ring of slots in memory that the node shares. The sender copies pieces into slots and
+the receiver copies them out, each on a lane of its own: an ordered queue, on CUDA a stream. Both directions of
+the host link are busy then. Two flags count the pieces that have been written and read. With four slots, piece n goes
+
+    sender      outgoing lane    wait: read >= n - 3        slot n mod 4 <- piece     written <- n + 1
+    receiver    incoming lane    wait: written >= n + 1     piece <- slot n mod 4     read <- n + 1
+
+Streams wait for flags and raise them by themselves (stream memory operations). So `exchange` only queues work and no
+thread of the host has to keep up with the copies; and unlike a kernel that spins, a wait takes no multiprocessor.
+
+A device has fewer hardware queues than a process has streams, so a stream that waits may hold up another one, even
+its own rank's other lane. That cannot lock ranks up, for every wait is for something that comes earlier in one order
+that all ranks keep: exchange by exchange, in an exchange first every peer's first piece, then every second one, and in
+such a turn sends before receives. A receive waits for the send of its own turn, a send for a receive of a turn before.
+Were every rank to do all its work in that order on one queue, what comes first of all that is left could always go on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from itertools import permutations, zip_longest
+from typing import Protocol
+
+import torch
+
+from seesaw_ds.parallel.device import new_stream, on_stream, record_event, wait_event
+from seesaw_ds.parallel.shared_memory import NodeSharedMapping
+from seesaw_ds.parallel.transport import Handle, Message, Waitable
+
+NUM_SLOTS = 4
+_MAX_SLOT_BYTES = 16 << 20  # half a millisecond at the link's rate, some fifty times what queueing a piece costs
+_MAX_RINGS_BYTES = 1 << 30  # of all pairs together
+_LINE_BYTES = 64  # each flag has a cache line of its own
+_LINE_FLAGS = _LINE_BYTES // torch.int32.itemsize
+_WAIT_UNTIL_AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ
+_WRITE_AFTER_FENCE = 0  # CU_STREAM_WRITE_VALUE_DEFAULT: what the stream did before is visible to all first
+
+
+class Lane(Protocol):
+    """Does what it is given in order, beside the current stream. A flag is an int32 tensor of one element."""
+
+    def follow(self) -> None:
+        """Start what comes next when the current stream has come this far."""
+
+    def wait(self, flag: torch.Tensor, count: int) -> None:
+        """Go on when the flag has reached `count`."""
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy between the device and the rings."""
+
+    def raise_flag(self, flag: torch.Tensor, count: int) -> None:
+        """Set the flag, once all copies before are complete."""
+
+    def end(self) -> Waitable:
+        """The end of all that has been given so far."""
+
+
+class HostStagedTransport:
+    """A `Transport` over `ranks` (global numbers) of one node; `rank` is this one's.
+
+    `mapping` has `required_bytes` zeroed bytes, is shared by these ranks and used by nothing else.
+    """
+
+    def __init__(
+        self, ranks: Sequence[int], rank: int, mapping: NodeSharedMapping, outgoing: Lane, incoming: Lane
+    ) -> None:
+        self._slot_bytes = slot_bytes(len(ranks))
+        self._outgoing = outgoing
+        self._incoming = incoming
+        pairs = list(permutations(ranks, 2))
+        rings = {pair: _Ring(mapping, index, self._slot_bytes) for index, pair in enumerate(pairs) if rank in pair}
+        self._rings_to = {receiver: ring for (sender, receiver), ring in rings.items() if sender == rank}
+        self._rings_from = {sender: ring for (sender, receiver), ring in rings.items() if receiver == rank}
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Handle:
+        """See `Transport`."""
+        self._outgoing.follow()
+        self._incoming.follow()
+        # This order is what the module's text relies on.
+        for outgoing, incoming in zip_longest(self._turns(sends), self._turns(receives), fillvalue=()):
+            for peer, piece in outgoing:
+                self._rings_to[peer].write(self._outgoing, piece)
+            for peer, piece in incoming:
+                self._rings_from[peer].read(self._incoming, piece)
+        return Handle([self._outgoing.end(), self._incoming.end()], [tensor for tensor, _ in (*sends, *receives)])
+
+    def _turns(self, messages: Sequence[Message]) -> list[list[tuple[int, torch.Tensor]]]:
+        """Cut messages into pieces of a slot or less: (peer, piece) for each peer's first one, its second one, ..."""
+        pieces: dict[int, list[torch.Tensor]] = {}
+        for tensor, peer in messages:
+            pieces.setdefault(peer, []).extend(tensor.view(-1).view(torch.uint8).split(self._slot_bytes))
+        turns = zip_longest(*pieces.values())
+        return [
+            [(peer, piece) for peer, piece in zip(pieces, turn, strict=True) if piece is not None] for turn in turns
+        ]
+
+
+class _Ring:
+    """The slots from one rank to another, seen from one of its ends. Both ends count pieces alike."""
+
+    def __init__(self, mapping: NodeSharedMapping, index: int, slot_bytes: int) -> None:
+        offset = index * _ring_bytes(slot_bytes)
+        self._slots = mapping.tensor(offset, (NUM_SLOTS, slot_bytes), torch.uint8)
+        flags = mapping.tensor(offset + self._slots.numel(), (2, _LINE_FLAGS), torch.int32)
+        self._written = flags[0, :1]
+        self._read = flags[1, :1]
+        self._num_pieces = 0
+
+    def write(self, lane: Lane, source: torch.Tensor) -> None:
+        """Put the next piece into the ring, bytes on the device."""
+        slot = self._slot(source)
+        if self._num_pieces >= NUM_SLOTS:
+            lane.wait(self._read, self._num_pieces + 1 - NUM_SLOTS)
+        lane.copy(slot, source)
+        self._num_pieces += 1
+        lane.raise_flag(self._written, self._num_pieces)
+
+    def read(self, lane: Lane, target: torch.Tensor) -> None:
+        """Take the next piece out of the ring, of as many bytes as the sender gave."""
+        slot = self._slot(target)
+        self._num_pieces += 1
+        lane.wait(self._written, self._num_pieces)
+        lane.copy(target, slot)
+        lane.raise_flag(self._read, self._num_pieces)
+
+    def _slot(self, piece: torch.Tensor) -> torch.Tensor:
+        return self._slots[self._num_pieces % NUM_SLOTS, : piece.numel()]
+
+
+class StreamLane:
+    """A CUDA stream of the lowest priority. The rings must be registered with CUDA."""
+
+    def __init__(self, device: torch.device) -> None:
+        stream = new_stream(device)
+        assert stream is not None, f"{device} has no streams"
+        self._device = device
+        self._stream = stream
+        self._wait_value = _driver_call("cuStreamWaitValue32_v2")
+        self._write_value = _driver_call("cuStreamWriteValue32_v2")
+
+    def follow(self) -> None:
+        """See `Lane`."""
+        event = record_event(self._device)
+        with on_stream(self._stream):
+            wait_event(event)
+
+    def wait(self, flag: torch.Tensor, count: int) -> None:
+        """See `Lane`."""
+        _check(self._wait_value(self._stream.cuda_stream, flag.data_ptr(), count, _WAIT_UNTIL_AT_LEAST))
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """See `Lane`."""
+        with on_stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
+    def raise_flag(self, flag: torch.Tensor, count: int) -> None:
+        """See `Lane`."""
+        _check(self._write_value(self._stream.cuda_stream, flag.data_ptr(), count, _WRITE_AFTER_FENCE))
+
+    def end(self) -> Waitable:
+        """See `Lane`."""
+        with on_stream(self._stream):
+            event = record_event(self._device)
+        assert event is not None
+        return event
+
+
+def slot_bytes(num_ranks: int) -> int:
+    """The largest piece: less for many ranks, which have many rings."""
+    num_slots = NUM_SLOTS * num_ranks * (num_ranks - 1)
+    return min(_MAX_SLOT_BYTES, _MAX_RINGS_BYTES // num_slots) // _LINE_BYTES * _LINE_BYTES
+
+
+def required_bytes(num_ranks: int) -> int:
+    """Size of the mapping: a ring for each ordered pair of ranks."""
+    return num_ranks * (num_ranks - 1) * _ring_bytes(slot_bytes(num_ranks))
+
+
+def _ring_bytes(slot_bytes: int) -> int:
+    return NUM_SLOTS * slot_bytes + 2 * _LINE_BYTES
+
+
+def _driver_call(name: str) -> Callable[..., int]:
+    """A stream memory operation: (stream, address, value, flags) -> CUresult."""
+    function = getattr(ctypes.CDLL("libcuda.so.1"), name)
+    function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+    function.restype = ctypes.c_int
+    return function
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        raise RuntimeError(
+            f"CUresult={result}: CUDA refused a stream memory operation, by which ranks without peer access signal to "
+            f"each other; 801 means that this driver has none: a driver for CUDA 12 or later is needed"
+        )

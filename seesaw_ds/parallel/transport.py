@@ -1,0 +1,103 @@
+"""How tensors travel between the ranks of a replica when the layout changes: the process group, or host memory.
+
+NCCL is right where devices reach each other's memory. Where they do not, or NCCL_P2P_DISABLE=1 says not to, its own way
+through host memory has two H200 swap weights at 23 GB/s each way; `host_transport` leaves it to the copy engines.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from seesaw_ds.parallel.device import is_cuda
+from seesaw_ds.parallel.shared_memory import NodeSharedMapping
+
+Message = tuple[torch.Tensor, int]
+_T = TypeVar("_T")
+
+
+class Waitable(Protocol):
+    """The end of something under way: a Work, a CUDA event, an event of a thread."""
+
+    def wait(self) -> object:
+        """Make the current stream, on CPU the caller, wait for it."""
+
+
+class Handle:
+    """A transfer under way. Keeps its tensors alive until `wait`."""
+
+    def __init__(self, ends: Sequence[Waitable], tensors: Sequence[torch.Tensor]) -> None:
+        self._ends = tuple(ends)
+        self._tensors = tuple(tensors)
+
+    def wait(self) -> None:
+        """Make the current stream (on CPU the caller) wait until data has come in and has been read on its way out."""
+        for end in self._ends:
+            end.wait()
+        self._ends = ()
+        self._tensors = ()
+
+
+class Transport(Protocol):
+    """Carries tensors between the ranks of one group."""
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Handle:
+        """Start to send and receive contiguous tensors, each with its peer's global rank; several may be under way.
+
+        The transfer starts when the current stream has come this far. Between two ranks, what one sends and what the
+        other receives agree in order and size. All ranks start their exchanges in one order that they agree on, in
+        which a rank may leave out those that it has no part in.
+        """
+
+
+class BackendTransport:
+    """The process group's own sends and receives. Constructing it is collective over `group`."""
+
+    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
+        self._group = group
+        # NCCL connects a group in its first collective, which all must join; an exchange may have idle ranks.
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Handle:
+        """See `Transport`."""
+        ops = [dist.P2POp(dist.isend, tensor, peer, self._group) for tensor, peer in sends]
+        ops += [dist.P2POp(dist.irecv, tensor, peer, self._group) for tensor, peer in receives]
+        return Handle(dist.batch_isend_irecv(ops) if ops else [], [op.tensor for op in ops])
+
+
+def choose_transport(
+    group: ProcessGroup, device: torch.device, share: Callable[[str, int], NodeSharedMapping]
+) -> Transport:
+    """The fastest transport that this group's devices allow. Collective: every rank of `group` calls it, once.
+
+    ``share(name, num_bytes)`` makes zeroed memory that the group's ranks share, locked and known to CUDA. It is called
+    on every rank or on none.
+    """
+    if not is_cuda(device) or group.size() == 1 or _has_peer_access(group, device):
+        return BackendTransport(group, device)
+    from seesaw_ds.parallel.host_transport import HostStagedTransport, StreamLane, required_bytes
+
+    ranks = dist.get_process_group_ranks(group)
+    mapping = share("transport", required_bytes(len(ranks)))
+    return HostStagedTransport(ranks, dist.get_rank(), mapping, StreamLane(device), StreamLane(device))
+
+
+def _has_peer_access(group: ProcessGroup, device: torch.device) -> bool:
+    """Whether NCCL copies from device to device, or goes over a network, where this node's memory is of no use."""
+    places = _gather((os.uname().nodename, device.index), group)
+    if len({node for node, _ in places}) > 1:
+        return True
+    others = [peer for _, peer in places if peer != device.index]
+    has_access = all(torch.cuda.can_device_access_peer(device.index, peer) for peer in others)
+    return all(_gather(has_access and os.environ.get("NCCL_P2P_DISABLE") != "1", group))
+
+
+def _gather(value: _T, group: ProcessGroup) -> list[_T]:
+    values = [value] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values

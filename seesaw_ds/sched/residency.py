@@ -1,0 +1,130 @@
+"""Which sequences are on the GPU: prompts that stay there, and those that come back from the host.
+
+Filling the GPU to the last block with young sequences would have most of them evicted again as they grow, or
+stalled when the host is full too. So a sequence becomes a resident only if the residents' expected peak stays within
+the GPU pool, and one free block is left for each that may still grow.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Iterable
+
+from seesaw_ds.sched.forecast import LengthForecast, Resident, expected_peak
+from seesaw_ds.sched.output import SwapIn
+from seesaw_ds.sched.pools import KvPools
+from seesaw_ds.sched.sequence import Sequence, SequenceState
+
+# States in which a sequence with a slot is on the GPU to stay, or on its way there.
+_RESIDENT = (SequenceState.PREFILLING, SequenceState.SWAPPING_IN, SequenceState.RUNNING)
+
+# Moving a sequence out and another in takes less than a decode step or two, so that this is seldom enough.
+_YIELD_TOKENS = 128
+
+
+class Residency:
+    """Decides who may be on the GPU, and brings in the sequences on the host."""
+
+    def __init__(self, pools: KvPools, block_size: int, forecast: LengthForecast) -> None:
+        self._pools = pools
+        self._block_size = block_size
+        self._forecast = forecast
+        self._queue: list[tuple[int, int]] = []  # a heap of (order, seq_id); ids not on the host are skipped
+        self._on_host: dict[int, Sequence] = {}
+        self._is_blocked = False
+        self._residents: list[Resident] | None = None  # sorted; built anew after each event
+
+    def push(self, seq: Sequence) -> None:
+        """Queue a sequence whose KV is on the host."""
+        seq.state = SequenceState.HOST
+        self._on_host[seq.seq_id] = seq
+        heapq.heappush(self._queue, (seq.order, seq.seq_id))
+        self._is_blocked = False
+
+    def drop(self, seq: Sequence) -> None:
+        """Forget a sequence that ended, if its KV is on the host."""
+        self._on_host.pop(seq.seq_id, None)
+
+    def notice_event(self) -> None:
+        """Note that sequences have moved or grown."""
+        self._residents = None
+
+    def notice_room(self) -> None:
+        """Look again after a refusal: a sequence ended or gave its blocks back, or there is one prompt less."""
+        self._is_blocked = False
+        self._residents = None
+
+    def accepts(self, seq: Sequence, transit_blocks: int) -> bool:
+        """Whether `seq`, a prompt or on the host, may have a slot and GPU blocks now.
+
+        `transit_blocks` are kept free for prompts on their way to the host.
+        """
+        pools = self._pools
+        num_blocks = len(seq.host_blocks) or seq.prompt_blocks
+        if pools.slots.num_free == 0 or pools.gpu.num_free < num_blocks:
+            return False
+        if self._residents is None:
+            self._residents = sorted(
+                _resident(holder) for holder in pools.slot_holders.values() if holder.state in _RESIDENT
+            )
+        residents = self._residents.copy()
+        insort(residents, _resident(seq))
+        return len(residents) == 1 or self._fits(residents, pools.gpu.num_blocks - transit_blocks)
+
+    def next_swap_in(self, transit_blocks: int, is_end_game: bool) -> SwapIn | None:
+        """Start a sequence's way to the GPU, if there is room: the oldest, in the end game that with most to go."""
+        if self._is_blocked or not self._on_host:
+            return None
+        seq = self._with_most_to_go() if is_end_game else self._oldest()
+        if not self.accepts(seq, transit_blocks):
+            self._is_blocked = True
+            return None
+        del self._on_host[seq.seq_id]
+        self._residents = None
+        seq.state = SequenceState.SWAPPING_IN
+        seq.in_flight += 1
+        return self._pools.start_swap_in(seq)
+
+    def find_yielder(self, running: Iterable[Sequence]) -> Sequence | None:
+        """In the end game, whom of the `running` to evict for the sake of a sequence on the host with more to go.
+
+        When all of the input is on its way, the run ends with the sequence that ends last. One that waits on the host
+        while others finish would run on by itself, at the cost of a whole batch's steps. So whoever is ahead by
+        `_YIELD_TOKENS` makes room, unless the host has enough sequences for another full batch.
+        """
+        if not self._on_host or not self._is_blocked:
+            return None
+        if sum(len(seq.host_blocks) for seq in self._on_host.values()) >= self._pools.gpu.num_used:
+            return None
+        longest = self._tokens_to_go(self._with_most_to_go())
+        ahead = [
+            seq
+            for seq in running
+            if not seq.is_fully_issued and _YIELD_TOKENS < self._tokens_to_go(seq) <= longest - _YIELD_TOKENS
+        ]
+        return min(ahead, key=lambda seq: (self._tokens_to_go(seq), seq.order), default=None)
+
+    def _oldest(self) -> Sequence:
+        while self._queue[0][1] not in self._on_host:
+            heapq.heappop(self._queue)
+        return self._on_host[self._queue[0][1]]
+
+    def _with_most_to_go(self) -> Sequence:
+        return max(self._on_host.values(), key=lambda seq: (self._tokens_to_go(seq), -seq.order))
+
+    def _tokens_to_go(self, seq: Sequence) -> float:
+        return min(seq.spec.max_tokens - seq.num_output_tokens, self._forecast.mean_tokens)
+
+    def _fits(self, residents: list[Resident], num_blocks: int) -> bool:
+        margin = sum(resident.num_growth_blocks > 0 for resident in residents)
+        return (
+            sum(resident.num_held_blocks for resident in residents) + margin <= num_blocks
+            and expected_peak(residents, self._block_size, self._forecast.mean_tokens) <= num_blocks
+        )
+
+
+def _resident(seq: Sequence) -> Resident:
+    """What `seq` is on the GPU, or would be once it is there."""
+    num_held = len(seq.gpu_blocks) or len(seq.host_blocks) or seq.prompt_blocks
+    return Resident(seq.spec.max_tokens - seq.num_output_tokens, num_held, seq.peak_blocks - num_held)

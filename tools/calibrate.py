@@ -1,0 +1,242 @@
+"""Measure this machine for the planner: writes a hardware profile in the form of configs/hardware/*.yaml.
+
+    python tools/calibrate.py                                          all GPUs, or two ranks on a CPU machine
+    NCCL_P2P_DISABLE=1 python tools/calibrate.py                       the same machine as if joined by PCIe alone
+
+It starts one process a device, which measure at the same time, then a small run of the engine. Leave the machine alone
+meanwhile: whatever else runs is measured too. ``layouts: auto`` then finds the profile by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import psutil
+import torch
+import torch.distributed as dist
+import yaml
+from torch import multiprocessing
+
+from calibration_device import CPU_SIZES, CUDA_SIZES, Sizes, copy_rates, layer_figures, linear_points
+from calibration_links import link_figures
+from seesaw_ds.engine.hardware import CALIBRATED, P2P_OFF, PROFILES, device_name, is_p2p_off
+from seesaw_ds.errors import UserError
+from seesaw_ds.layout import ParallelLayout
+from seesaw_ds.plan.cost import CostModel, StepWork
+from seesaw_ds.plan.hardware import HardwareProfile, parse_hardware
+from seesaw_ds.shapes import model_shape
+
+ROOT = Path(__file__).resolve().parent.parent
+Figures = dict[str, Any]
+
+_QUIET_LOAD = 0.5
+# The small run: all sequences are in every decode step, so its steps are alike.
+_NUM_REQUESTS = 16
+_PROMPT_TOKENS = 16
+_OUTPUT_TOKENS = 129
+_TINY_MODEL: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 2,
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "intermediate_size": 512,
+    "vocab_size": 1024,
+    "max_position_embeddings": 256,
+}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, help="devices to measure; all GPUs, or 2 processes on CPU")
+    parser.add_argument("--output", type=Path, help="YAML to write; local.yaml in configs/hardware, where runs look")
+    return parser.parse_args()
+
+
+def is_cuda() -> bool:
+    """Whether the engine would run on GPUs."""
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+
+
+def measure(rank: int, world_size: int, rendezvous: str, result: str) -> None:
+    """One rank: measure together with the others; the first writes what it saw to `result` as JSON."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.set_num_threads(1)
+    device = torch.device("cuda", rank) if is_cuda() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+    sizes = CUDA_SIZES if device.type == "cuda" else CPU_SIZES
+    figures = measure_figures(sizes, device)
+    if rank == 0:
+        Path(result).write_text(json.dumps(figures))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure_figures(sizes: Sizes, device: torch.device) -> Figures:
+    """All that ranks can measure without the engine around them; collective."""
+    dtype = getattr(torch, sizes.dtypes[0])
+    linear = {name: linear_points(sizes, name, device) for name in sizes.dtypes}
+    figures: Figures = {
+        "memory_bytes": torch.cuda.get_device_properties(device).total_memory
+        if device.type == "cuda"
+        else psutil.virtual_memory().total // 2 // dist.get_world_size(),
+        "linear": linear,
+        "flops": {name: max(2 * tokens / seconds for tokens, seconds in points) for name, points in linear.items()},
+        "memory_bandwidth": dtype.itemsize / linear[sizes.dtypes[0]][0][1],
+        **(link_figures(sizes, dtype, device) if dist.get_world_size() > 1 else {}),
+        **copy_rates(sizes, device),
+    }
+    figures |= layer_figures(sizes, make_profile({**figures, "layer_seconds": 1e-6, "step_seconds": 1e-6}), device)
+    return figures
+
+
+def make_profile(figures: Figures) -> HardwareProfile:
+    """The profile of `figures`."""
+    return parse_hardware(profile_values(figures, "local", ""))
+
+
+def profile_values(figures: Figures, name: str, measured: str) -> Figures:
+    """The YAML mapping of a profile: `figures` in the fields' order, with `measured` as the source of each.
+
+    What is not measured, for want of a second rank or of a use, is filled in.
+    """
+    whole = {
+        "gemm_efficiency": 1.0,
+        "attention_efficiency": 0.5,
+        "memory_efficiency": 1.0,
+        # One rank has no links; a profile has to name some, and no layout of one rank uses them.
+        "all_reduce": {2: [[0, 1e-6], [1 << 20, 1e-4]]},
+        "send_seconds": 1e-6,
+        "send_bandwidth": figures["memory_bandwidth"],
+        **figures,
+    }
+    if not whole.get("pads_decode"):
+        whole.pop("pads_decode", None)
+    fields = [field.name for field in dataclasses.fields(HardwareProfile)]
+    values = {field: _rounded(whole[field]) for field in fields if field in whole}
+    sources = dict.fromkeys(values, measured)
+    sources["gemm_efficiency"] = sources["memory_efficiency"] = "1: the rates above are measured, not peaks"
+    return {"name": name, "device": device_name(), **values, "sources": sources}
+
+
+def _rounded(value: Any) -> Any:
+    """Four digits of every number."""
+    if isinstance(value, dict):
+        return {int(key) if str(key).isdigit() else key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+def engine_step_seconds(figures: Figures, num_ranks: int, folder: Path) -> float:
+    """Seconds of a decode step of a tiny model, beyond those of its layers: what the engine around them takes."""
+    batch, config, output = folder / "input.jsonl", folder / "config.yaml", folder / "out" / "results.jsonl"
+    layout = ParallelLayout(dp=num_ranks)
+    model = _write_tiny_model(folder / "model")
+    rng = random.Random(0)
+    with batch.open("w") as file:
+        for number in range(num_ranks * _NUM_REQUESTS):
+            prompt = [rng.randrange(3, _TINY_MODEL["vocab_size"]) for _ in range(_PROMPT_TOKENS)]
+            body = {"prompt": prompt, "max_tokens": _OUTPUT_TOKENS, "ignore_eos": True, "temperature": 0}
+            line = {"custom_id": f"r{number}", "method": "POST", "url": "/v1/completions", "body": body}
+            file.write(json.dumps(line) + "\n")
+    dtype = "bfloat16" if is_cuda() else "float32"
+    settings: Figures = {"model": str(model), "load_format": "dummy", "dtype": dtype, "layouts": str(layout)}
+    settings |= {"max_num_seqs": _NUM_REQUESTS, "kv_offloading_size": 0.25, "input": str(batch), "output": str(output)}
+    config.write_text(yaml.safe_dump(settings))
+    summary = _run_engine(config, num_ranks, output.with_name("summary.json"))
+    cost = CostModel(model_shape(json.loads((model / "config.json").read_text())), make_profile(figures), layout, dtype)
+    # Each replica on its own: what the links take is measured apart.
+    context = _NUM_REQUESTS * (_PROMPT_TOKENS + _OUTPUT_TOKENS // 2)
+    layers = sum(cost.stage_seconds(StepWork(_NUM_REQUESTS, decode_context=context, num_rows=_NUM_REQUESTS)))
+    num_steps = summary["decode_steps"] / num_ranks
+    return float(max(1e-6, summary["phase_seconds"]["decode"] / num_steps - layers))
+
+
+def _write_tiny_model(folder: Path) -> Path:
+    """A folder without weights, and with a word for each token id."""
+    from tokenizers import Tokenizer, models
+
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(_TINY_MODEL))
+    Tokenizer(models.WordLevel({f"w{i}": i for i in range(1024)}, unk_token="w0")).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "w2"}')
+    return folder
+
+
+def _run_engine(config: Path, num_ranks: int, summary: Path) -> Figures:
+    """The summary of a run on `num_ranks`. Raises UserError with the end of what it said when it fails."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    launcher = ["deepspeed", "--num_gpus", str(num_ranks)]
+    if not is_cuda():
+        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        launcher[1] = "--num_accelerators"
+    command = [*launcher, str(ROOT / "launch" / "run.py"), "--config", str(config)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode != 0 or not summary.exists():
+        raise UserError(f"the engine's small run failed with exit code {done.returncode}:\n{done.stdout[-3000:]}")
+    figures: Figures = json.loads(summary.read_text())
+    return figures
+
+
+def write_profile(path: Path, figures: Figures, num_ranks: int, seconds: float) -> None:
+    """Write the YAML, after checking it as a reader would."""
+    measured = f"measured by tools/calibrate.py on {time.strftime('%Y-%m-%d')}, torch {torch.__version__}"
+    values = profile_values(figures, path.stem, measured)
+    parse_hardware(values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = f"# {values['device']}: {num_ranks} ranks at once, {seconds:.0f} s, by tools/calibrate.py.\n"
+    text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=10_000, allow_unicode=True)
+    path.write_text(header + text)
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    start = time.monotonic()
+    num_ranks = arguments.ranks or (torch.cuda.device_count() if is_cuda() else 2)
+    name = CALIBRATED + (P2P_OFF if is_cuda() and is_p2p_off() else "")
+    path = arguments.output or PROFILES / f"{name}.yaml"
+    folder = Path(tempfile.mkdtemp())
+    try:
+        print(f"{device_name()}: {num_ranks} ranks measure; about a minute", flush=True)
+        if (load := os.getloadavg()[0]) > _QUIET_LOAD:
+            print(f"warning: other programs are running (load {load:.1f}), and are measured too", file=sys.stderr)
+        result = folder / "figures.json"
+        multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
+            measure, args=(num_ranks, str(folder / "rendezvous"), str(result)), nprocs=num_ranks
+        )
+        figures = json.loads(result.read_text())
+        figures["step_seconds"] = 1e-6
+        print(f"  {time.monotonic() - start:.0f} s; now the engine with a tiny model", flush=True)
+        figures["step_seconds"] = engine_step_seconds(figures, num_ranks, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    write_profile(path, figures, num_ranks, time.monotonic() - start)
+    print(path.read_text().split("sources:")[0] + f"written to {path} after {time.monotonic() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,282 @@
+"""What tools/calibrate.py measures on each rank's own device, all ranks at the same time: products, copies, layers."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from profile_layers import BLOCK_SIZE, Layers
+from seesaw_ds.layout import LayoutPair, ParallelLayout, Phase
+from seesaw_ds.model.attention.interface import AttentionBackend
+from seesaw_ds.model.attention.torch_backend import TorchAttention
+from seesaw_ds.model.backends import choose_backends
+from seesaw_ds.model.build import build_stages, load_arena
+from seesaw_ds.model.weights import DummySource, cell_tensors
+from seesaw_ds.parallel import device as devices
+from seesaw_ds.parallel.all_reduce import AllReduce, BackendAllReduce
+from seesaw_ds.parallel.groups import ParallelState
+from seesaw_ds.plan.cost import CostModel
+from seesaw_ds.plan.hardware import HardwareProfile
+from seesaw_ds.reshard.arena import WeightArena
+from seesaw_ds.reshard.plan import plan_reshard
+from seesaw_ds.shapes import ModelShape
+
+MIB = 1 << 20
+_NUM_SPANS = 5
+_SPAN_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is computed and moved: products as large as the layers' that the device is for, done in seconds."""
+
+    shape: ModelShape
+    dtypes: tuple[str, ...]
+    matrix: tuple[int, int]
+    num_matrices: int
+    token_counts: tuple[int, ...]
+    copy_bytes: int
+    prompt_tokens: int
+    decode_rows: int
+    context_tokens: int
+    reduce_bytes: tuple[int, ...]
+    send_bytes: tuple[int, int]
+
+
+_LAYER = ModelShape(
+    architecture="LlamaForCausalLM",
+    num_layers=2,
+    hidden_size=8192,
+    num_heads=64,
+    num_kv_heads=8,
+    head_dim=128,
+    intermediate_size=28672,
+    vocab_size=1024,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    dtype="bfloat16",
+)
+
+CUDA_SIZES = Sizes(
+    shape=_LAYER,
+    dtypes=("bfloat16", "float16", "float32"),
+    matrix=(28672, 8192),
+    num_matrices=2,
+    token_counts=(1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
+    copy_bytes=1024 * MIB,
+    prompt_tokens=4096,
+    decode_rows=64,
+    context_tokens=2048,
+    reduce_bytes=(16 << 10, 128 << 10, MIB, 4 * MIB, 16 * MIB, 64 * MIB),
+    send_bytes=(16 << 10, 64 * MIB),
+)
+# Layers as small as those of the models that are run on CPU, such as the quickstart's.
+CPU_SIZES = Sizes(
+    shape=replace(
+        _LAYER, num_layers=4, hidden_size=256, num_heads=16, num_kv_heads=8, head_dim=16, intermediate_size=640
+    ),
+    dtypes=("float32", "bfloat16"),
+    matrix=(640, 512),
+    num_matrices=8,
+    token_counts=(1, 4, 16, 64, 256, 1024),
+    copy_bytes=64 * MIB,
+    prompt_tokens=1024,
+    decode_rows=16,
+    context_tokens=512,
+    reduce_bytes=(1 << 10, 16 << 10, 256 << 10, MIB, 4 * MIB),
+    send_bytes=(1 << 10, 4 * MIB),
+)
+
+
+def typical_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """The median, over a few spans of time, of the mean time of `run`; all ranks start each span together.
+
+    Means, since what disturbs a rank within a span will disturb it in a run too; the median, since other programs
+    that wake up meanwhile are not of this machine's nature.
+    """
+    for _ in range(2):
+        run()
+    _synchronize(device)
+    start = time.perf_counter()
+    run()
+    _synchronize(device)
+    # Every rank repeats as often as the slowest can, since `run` may be collective.
+    repeats = torch.tensor(min(100.0, max(2.0, _SPAN_SECONDS / (time.perf_counter() - start))), device=device)
+    dist.all_reduce(repeats, dist.ReduceOp.MIN)
+    return statistics.median(_mean_seconds(run, device, int(repeats)) for _ in range(_NUM_SPANS))
+
+
+def _mean_seconds(run: Callable[[], object], device: torch.device, count: int) -> float:
+    dist.barrier()
+    if device.type != "cuda":
+        start = time.perf_counter()
+        for _ in range(count):
+            run()
+        return (time.perf_counter() - start) / count
+    begin: Any = devices.record_event(device, timing=True)
+    for _ in range(count):
+        run()
+    end: Any = devices.record_event(device, timing=True)
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000 / count
+
+
+def captured(run: Callable[[], object], after_capture: Callable[[], None] | None = None) -> Callable[[], None]:
+    """`run` as a CUDA graph, as the engine captures its decode steps."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's threads go on calling CUDA meanwhile
+        run()
+    if after_capture is not None:
+        after_capture()
+    return graph.replay
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def linear_points(sizes: Sizes, dtype_name: str, device: torch.device) -> list[list[float]]:
+    """(tokens, seconds a parameter) of products with several matrices in turn, as layers do; the seconds rise."""
+    dtype = getattr(torch, dtype_name)
+    matrices = [torch.randn(sizes.matrix, dtype=dtype, device=device) for _ in range(sizes.num_matrices)]
+    points: list[list[float]] = []
+    for num_tokens in sizes.token_counts:
+        x = torch.randn((num_tokens, sizes.matrix[1]), dtype=dtype, device=device)
+
+        def run(x: torch.Tensor = x) -> None:
+            for matrix in matrices:
+                F.linear(x, matrix)
+
+        seconds = typical_seconds(run, device) / (len(matrices) * matrices[0].numel())
+        # Below the ridge all counts take the same time but for noise.
+        seconds = max(seconds, points[-1][1] * 1.0001 if points else 0.0)
+        points.append([num_tokens, seconds])
+    return points
+
+
+def copy_rates(sizes: Sizes, device: torch.device) -> dict[str, float]:
+    """Bytes/s to the device, to the host, and each way with both at once."""
+    is_cuda = device.type == "cuda"
+    host_in, host_out = (torch.ones(sizes.copy_bytes, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(2))
+    device_in, device_out = (torch.ones(sizes.copy_bytes, dtype=torch.uint8, device=device) for _ in range(2))
+    to_device = partial(device_in.copy_, host_in, non_blocking=True)
+    to_host = partial(host_out.copy_, device_out, non_blocking=True)
+    both = _on_two_streams(to_device, to_host) if is_cuda else _on_two_threads(to_device, to_host)
+    alone = sizes.copy_bytes / typical_seconds(to_device, device), sizes.copy_bytes / typical_seconds(to_host, device)
+    duplex = min(sizes.copy_bytes / typical_seconds(both, device), *alone)
+    return {"host_to_device": alone[0], "device_to_host": alone[1], "duplex": duplex}
+
+
+def _on_two_streams(first: Callable[[], object], second: Callable[[], object]) -> Callable[[], None]:
+    device = devices.device()
+    stream: Any = devices.new_stream(device)
+
+    def run() -> None:
+        stream.wait_stream(torch.cuda.current_stream())
+        with devices.on_stream(stream):
+            second()
+        first()
+        torch.cuda.current_stream().wait_stream(stream)
+
+    return run
+
+
+def _on_two_threads(first: Callable[[], object], second: Callable[[], object]) -> Callable[[], None]:
+    def run() -> None:
+        thread = threading.Thread(target=second)
+        thread.start()
+        first()
+        thread.join()
+
+    return run
+
+
+class ReplicaLayers(Layers):
+    """A few decoder layers of the engine on every rank by itself; no all-reduce."""
+
+    def __init__(self, shape: ModelShape, num_blocks: int, device: torch.device) -> None:
+        dtype = getattr(torch, shape.dtype)
+        layouts = LayoutPair.parse(f"D{dist.get_world_size()}")
+        state = ParallelState(layouts)
+        backends = choose_backends(shape, BLOCK_SIZE, dtype, device)
+        plan = plan_reshard(layouts, shape.num_layers)
+        arena = WeightArena(cell_tensors(shape, 1), plan.num_slots[0], dtype, device)
+        source = DummySource(shape, dtype, device, seed=0)
+        load_arena(arena, plan, 0, source, None, lambda done, total: None)
+        reduces: dict[Phase, AllReduce] = {phase: BackendAllReduce(state[phase].tp) for phase in Phase}
+        stages = build_stages(shape, layouts, state, plan, arena, 0, source, backends.ops, reduces, dtype, device)
+        self.stage = stages[Phase.PREFILL]
+        self.shape, self.device, self.dtype = shape, device, dtype
+        self.has_graphs = backends.has_graphs
+        self.make_attention = backends.make_attention
+        self.num_blocks = num_blocks
+        size = (num_blocks, shape.num_layers, 2, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
+        pool = torch.randn(size, dtype=dtype, device=device)
+        self.kv_caches = [pool[:, layer] for layer in range(shape.num_layers)]
+
+    def prefill_seconds(self, num_tokens: int) -> tuple[float, float]:
+        """One layer's time for one whole prompt, and that of its attention alone."""
+        attention = self.make_attention(Phase.PREFILL, 1, 1)
+        run = self.step(attention, [num_tokens], [num_tokens])
+        whole = typical_seconds(run, self.device) / self.shape.num_layers
+        return whole, typical_seconds(self._attend(attention, num_tokens), self.device)
+
+    def decode_seconds(self, num_rows: int, context_tokens: int) -> tuple[float, float]:
+        """The same for a decode step of rows of equal length; in a captured graph where the device has graphs."""
+        attention = self.make_attention(Phase.DECODE, 1, num_rows, self.num_blocks)
+        run = self.step(attention, [1] * num_rows, [context_tokens] * num_rows)
+        attend = self._attend(attention, num_rows)
+        if self.has_graphs:
+            whole = typical_seconds(captured(run), self.device)
+            return whole / self.shape.num_layers, typical_seconds(captured(attend), self.device)
+        return typical_seconds(run, self.device) / self.shape.num_layers, typical_seconds(attend, self.device)
+
+    def _attend(self, attention: tuple[AttentionBackend, ...], num_tokens: int) -> Callable[[], torch.Tensor]:
+        """Attention as last planned."""
+        size = (num_tokens, self.shape.num_heads, self.shape.head_dim)
+        q = torch.randn(size, dtype=self.dtype, device=self.device)
+        return lambda: attention[0].forward(q, self.kv_caches[0])
+
+    @property
+    def pads_decode(self) -> bool:
+        """Whether decode attention reads every row to the longest one's length."""
+        return isinstance(self.make_attention(Phase.DECODE, 1, 1, 1)[0], TorchAttention)
+
+
+def layer_figures(sizes: Sizes, profile: HardwareProfile, device: torch.device) -> dict[str, float]:
+    """Figures that only the engine's own layers show; `profile` has the rates of products and of memory."""
+    dtype = sizes.dtypes[0]
+    shape = replace(sizes.shape, dtype=dtype)
+    most_tokens = max(sizes.prompt_tokens, sizes.decode_rows * (sizes.context_tokens + BLOCK_SIZE))
+    layers = ReplicaLayers(shape, 2 * -(-most_tokens // BLOCK_SIZE), device)
+    cost = CostModel(shape, profile, ParallelLayout(), dtype)
+    with torch.inference_mode():
+        smallest, _ = layers.decode_seconds(1, BLOCK_SIZE)
+        _, decode_attention = layers.decode_seconds(sizes.decode_rows, sizes.context_tokens)
+        prefill, prefill_attention = layers.prefill_seconds(sizes.prompt_tokens)
+    launches = max(1e-6, smallest - cost.linear_seconds(shape.layer_parameters, 1))
+    kv_tokens = sizes.decode_rows * sizes.context_tokens
+    kv_bytes = kv_tokens * shape.kv_block_bytes(1, shape.num_kv_heads, 1, dtype)
+    flops = 2 * shape.num_heads * shape.head_dim * sizes.prompt_tokens**2
+    linear = cost.linear_seconds(shape.layer_parameters, sizes.prompt_tokens)
+    element = max(prefill - prefill_attention - linear - launches, 0.01 * prefill)
+    return {
+        "layer_seconds": launches,
+        "kv_bandwidth": kv_bytes / decode_attention,
+        "attention_efficiency": min(1.0, flops / prefill_attention / profile.flops[dtype]),
+        "element_bandwidth": cost.element_bytes(sizes.prompt_tokens) / element,
+        "pads_decode": float(layers.pads_decode),
+    }
