@@ -149,21 +149,26 @@ def _synchronize(device: torch.device) -> None:
 
 
 def linear_points(sizes: Sizes, dtype_name: str, device: torch.device) -> list[list[float]]:
-    """(tokens, seconds a parameter) of products with several matrices in turn, as layers do; the seconds rise."""
+    """(tokens, seconds a parameter) of products with several matrices in turn, as layers do; the seconds rise.
+
+    The largest come first: under load a device may slow down to its power limit, and that is how prefill finds it.
+    """
     dtype = getattr(torch, dtype_name)
     matrices = [torch.randn(sizes.matrix, dtype=dtype, device=device) for _ in range(sizes.num_matrices)]
-    points: list[list[float]] = []
-    for num_tokens in sizes.token_counts:
+    seconds: dict[int, float] = {}
+    for num_tokens in reversed(sizes.token_counts):
         x = torch.randn((num_tokens, sizes.matrix[1]), dtype=dtype, device=device)
 
         def run(x: torch.Tensor = x) -> None:
             for matrix in matrices:
                 F.linear(x, matrix)
 
-        seconds = typical_seconds(run, device) / (len(matrices) * matrices[0].numel())
+        seconds[num_tokens] = typical_seconds(run, device) / (len(matrices) * matrices[0].numel())
+    points: list[list[float]] = []
+    for num_tokens in sizes.token_counts:
         # Below the ridge all counts take the same time but for noise.
-        seconds = max(seconds, points[-1][1] * 1.0001 if points else 0.0)
-        points.append([num_tokens, seconds])
+        least = points[-1][1] * 1.0001 if points else 0.0
+        points.append([num_tokens, max(seconds[num_tokens], least)])
     return points
 
 

@@ -56,7 +56,7 @@ class CopyEngine:
         self._on_error = on_error
         self._record = record
         self._stream = new_stream(device)
-        # The next copy is queued on the stream while one runs, so that the bus never waits for Python.
+        # The next copy starts on the stream before one ends, so that the bus never waits for Python.
         self._max_in_flight = 1 if self._stream is None else 2
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)

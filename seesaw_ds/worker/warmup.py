@@ -30,7 +30,7 @@ def warm_up_prefill(prefill: PrefillRunner, run: RunConfig, shape: ModelShape, m
 
     Matrix products of other sizes use other kernels, which are loaded at their first use.
     """
-    for share in (1, 2, 8):
+    for share in (1, 2, 3, 4, 6, 8, 12, 16, 32):
         _run_micro_batch(prefill, run, shape, _lengths(run, max_model_len, share))
 
 
