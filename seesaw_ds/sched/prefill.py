@@ -43,6 +43,7 @@ class PrefillQueue:
         self._unfinished: Sequence | None = None
         self._in_flight: dict[int, list[tuple[Sequence, bool]]] = {}
         self._phase_cost = 0
+        self.is_input_closed = False
 
     @property
     def num_waiting(self) -> int:
@@ -77,7 +78,7 @@ class PrefillQueue:
     @property
     def transit_margin(self) -> int:
         """GPU blocks that residents leave to prompts in transit: none when only prompts of one token pass through."""
-        return 0 if self._limits.has_one_phase else self._transit_blocks()
+        return self._transit_blocks() if self._spills else 0
 
     def __contains__(self, seq_id: int) -> bool:
         """Whether `seq_id` is waiting."""
@@ -152,18 +153,28 @@ class PrefillQueue:
         """Where a prompt's KV will go: True, it stays on the GPU; False, to the host or nowhere; None, no room now."""
         pools = self._pools
         num_blocks = seq.prompt_blocks
-        if self._limits.has_one_phase and pools.host.num_used:
+        if not self._spills and pools.host.num_used:
             return None  # those evicted come first
         if num_blocks > pools.gpu.num_free or not pools.reserve.admits(num_blocks, seq.peak_blocks):
             return None
         if seq.spec.max_tokens > 1:
             if self._residency.accepts(seq, self.transit_margin if self.num_waiting > 1 else 0):
                 return True
-            if self._limits.has_one_phase or num_blocks > pools.host.num_free:
+            if not self._spills or num_blocks > pools.host.num_free:
                 return None
         # Residents need what is free beyond that to grow.
         is_room = pools.num_transit_blocks == 0 or pools.num_transit_blocks + num_blocks <= self._transit_blocks()
         return False if is_room else None
+
+    @property
+    def _spills(self) -> bool:
+        """Whether prompts go to the host when they cannot stay.
+
+        With one phase they wait instead, until the host has room for all that are left: then the end game can begin.
+        """
+        if not self._limits.has_one_phase:
+            return True
+        return self.is_input_closed and self._waiting_blocks <= self._pools.host.num_free
 
     def _transit_blocks(self) -> int:
         """GPU blocks that prompts in transit may hold together: what fills the pipeline, and two prompts."""

@@ -92,6 +92,7 @@ class Scheduler:
     def close_input(self) -> None:
         """No sequence will be added any more."""
         self._input_closed = True
+        self._prefill.is_input_closed = True
 
     def abort(self, seq_id: int) -> None:
         """Drop a sequence wherever it is, without a `Finished`; an id that is not live is ignored.

@@ -218,7 +218,7 @@ class ShadowExecutor:
             shadow.in_flight += 1
             assert chunk.is_last or not chunk.host_block_ids
             if chunk.host_block_ids:
-                assert not limits.has_one_phase
+                assert self.is_input_closed or not limits.has_one_phase
                 assert spec.max_tokens > 1
                 shadow.in_flight += 1
                 shadow.host = chunk.host_block_ids

@@ -285,18 +285,37 @@ class TestDestination:
         (batch,) = drain(scheduler)
         assert goes_to_host([batch]) == {5: True}
 
-    def test_one_phase_spills_nothing_and_never_switches(self) -> None:
+    def test_one_phase_spills_nothing_while_input_is_open_and_never_switches(self) -> None:
         scheduler = Scheduler(limits(num_gpu_blocks=12, prefill_stages=2, decode_stages=2, is_static=True))
         add_all(scheduler, *[(6, 1 + seq_id % 9) for seq_id in range(40)])
-        kinds = {type(action) for action in run_to_end(scheduler)}
+        kinds = set()
+        while actions := drain(scheduler):
+            kinds |= {type(action) for action in actions}
+            settle(scheduler, actions)
         assert kinds == {PrefillBatch, Activate, DecodeBatch}
         assert (scheduler.phase, scheduler.transitions) == (Phase.PREFILL, [])
         assert scheduler.stats().num_finished == 40
 
+    def test_one_phase_spills_the_last_prompts_once_the_host_has_room_for_all_of_them(self) -> None:
+        sizes = {"num_gpu_blocks": 24, "num_host_blocks": 12, "max_num_batched_tokens": 8, "is_static": True}
+        scheduler = Scheduler(limits(**sizes))
+        add_all(scheduler, *[(8, 33)] * 12)
+        actions = run_to_end(scheduler)
+        batches = [action for action in actions if isinstance(action, PrefillBatch)]
+        spilled = [seq_id for seq_id, leaves in goes_to_host(batches).items() if leaves]
+        assert spilled
+        assert min(spilled) >= 12 - 12 // 2, "two blocks a prompt: six prompts fit the host"
+        assert SwapIn in {type(action) for action in actions}
+        assert scheduler.transitions == []
+
     def test_one_phase_brings_back_the_evicted_before_new_prompts(self) -> None:
         scheduler = Scheduler(limits(num_gpu_blocks=6, max_num_seqs=2, is_static=True), expected_output_tokens=1)
         add_all(scheduler, (4, 17), (4, 17), (4, 2))
-        order = [type(a) for a in run_to_end(scheduler) if isinstance(a, PrefillBatch | Evict | SwapIn)]
+        actions = []
+        while new := drain(scheduler):
+            actions += new
+            settle(scheduler, new)
+        order = [type(a) for a in actions if isinstance(a, PrefillBatch | Evict | SwapIn)]
         assert order == [PrefillBatch, Evict, SwapIn, PrefillBatch]
 
     def test_one_phase_takes_as_many_prompts_of_one_token_as_otherwise(self) -> None:
