@@ -25,12 +25,12 @@ import torch
 
 from seesaw_ds.checkpoint.cell_layout import is_cells_folder
 from seesaw_ds.checkpoint.reading import MAX_THREADS, PIECE_BYTES
-from seesaw_ds.checkpoint.source import CellsSource
+from seesaw_ds.checkpoint.source import CellsSource, SafetensorsSource
 from seesaw_ds.checkpoint.tensor_files import tensor_bytes
 from seesaw_ds.layout import LayoutPair
 from seesaw_ds.model.build import load_arena
 from seesaw_ds.model.checkpoint import check_checkpoint, index_checkpoint
-from seesaw_ds.model.weights import SafetensorsSource, WeightSource, cell_tensors
+from seesaw_ds.model.weights import WeightSource, cell_tensors
 from seesaw_ds.parallel import device as devices
 from seesaw_ds.reshard.arena import WeightArena
 from seesaw_ds.reshard.plan import plan_reshard

@@ -20,8 +20,7 @@ from typing import NamedTuple, Protocol
 import torch
 from deepspeed.accelerator import get_accelerator
 
-from seesaw_ds.checkpoint.tensor_files import OpenFiles, StoredTensor, read_tensor, tensor_bytes
-from seesaw_ds.errors import UserError
+from seesaw_ds.checkpoint.tensor_files import OpenFiles, StoredTensor, read_at, read_tensor, tensor_bytes
 from seesaw_ds.layout import Range
 from seesaw_ds.parallel import device as devices
 
@@ -29,6 +28,8 @@ PIECE_BYTES = 8 << 20
 """The largest piece: small enough that threads end together, large enough that a call's cost does not count."""
 BLOCK_ROWS = 144
 """Rows that are turned at once: a few MB, for the cache. Not a power of two, or columns would share few cache sets."""
+LARGEST_GAP = 16 << 10
+"""Bytes between the wanted parts of two rows up to which reading them too costs less than a call for each part."""
 MAX_THREADS = 8
 
 
@@ -140,34 +141,37 @@ class _Files:
     """The files of `pieces`, opened."""
 
     def __init__(self, pieces: Iterable[Piece]) -> None:
-        self._files = OpenFiles({piece.stored.path for piece in pieces}, os.O_RDONLY)
+        self._fds = OpenFiles({piece.stored.path for piece in pieces}, os.O_RDONLY)
 
     def __enter__(self) -> _Files:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._files.close()
+        self._fds.close()
 
     def read(self, piece: Piece, block: torch.Tensor) -> None:
         """Read `piece` into `block`, contiguous on CPU in the stored dtype."""
         stored = piece.stored
-        row_bytes = stored.size[1] * stored.dtype.itemsize
-        offset = stored.offset + piece.rows.start * row_bytes + piece.columns.start * stored.dtype.itemsize
+        fd = self._fds[stored.path]
+        item_bytes = stored.dtype.itemsize
+        row_bytes, part_bytes = stored.size[1] * item_bytes, piece.columns.size * item_bytes
+        offset = stored.offset + piece.rows.start * row_bytes + piece.columns.start * item_bytes
         data = tensor_bytes(block)
-        if piece.columns.size == stored.size[1]:
-            self._read_at(stored, data, offset)
+        if part_bytes == row_bytes:
+            read_at(fd, data, offset)
             return
-        part_bytes = len(data) // piece.rows.size
-        for index in range(piece.rows.size):
-            part = data[index * part_bytes : (index + 1) * part_bytes]
-            self._read_at(stored, part, offset + index * row_bytes)
+        parts = [data[start : start + part_bytes] for start in range(0, len(data), part_bytes)]
+        if row_bytes - part_bytes <= LARGEST_GAP and _read_parts(fd, parts, row_bytes - part_bytes, offset):
+            return
+        for index, part in enumerate(parts):
+            read_at(fd, part, offset + index * row_bytes)
 
-    def _read_at(self, stored: StoredTensor, data: memoryview, offset: int) -> None:
-        while data:
-            count = os.preadv(self._files[stored.path], [data], offset)
-            if count == 0:
-                raise UserError(f"{stored.path}: ended before its last tensor; fetch it again")
-            data, offset = data[count:], offset + count
+
+def _read_parts(fd: int, parts: Sequence[memoryview], gap_bytes: int, offset: int) -> bool:
+    """Fill `parts`, which lie in the file `gap_bytes` apart, by one call; False when it came back early."""
+    gap = memoryview(bytearray(gap_bytes))
+    buffers = [buffer for part in parts for buffer in (part, gap)][:-1]
+    return os.preadv(fd, buffers, offset) == sum(map(len, buffers))
 
 
 class _Reader(Protocol):
@@ -219,6 +223,7 @@ class DirectReader:
             self._files.read(piece, piece.targets[0])
             return
         if not self._scratch.numel():
+            keep_freed_memory(2 * PIECE_BYTES)
             self._scratch = torch.empty(PIECE_BYTES, dtype=torch.uint8)
         block = self._scratch[: piece.nbytes].view(piece.stored.dtype).view(piece.size)
         self._files.read(piece, block)
@@ -229,6 +234,15 @@ class DirectReader:
 
     def finish(self) -> None:
         """Nothing is queued on CPU."""
+
+
+def keep_freed_memory(num_bytes: int) -> None:
+    """Have the C library reuse freed blocks of up to `num_bytes`, at most 32 MiB, in place of unmapping each.
+
+    glibc takes the largest mapped block freed so far for its threshold. Else every pass over a new block would be
+    charged with the kernel's first touch of its pages.
+    """
+    torch.empty(num_bytes, dtype=torch.uint8)  # freed at once
 
 
 def transpose(block: torch.Tensor, targets: Sequence[torch.Tensor]) -> None:

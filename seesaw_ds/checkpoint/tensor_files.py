@@ -55,15 +55,19 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def read_tensor(fd: int, dtype: torch.dtype, size: Sequence[int], offset: int) -> torch.Tensor:
-    """A new tensor from the bytes at `offset`. Raises UserError when the file ends before them."""
-    tensor = torch.empty(tuple(size), dtype=dtype)
-    data = tensor_bytes(tensor)
+def read_at(fd: int, data: memoryview, offset: int) -> None:
+    """Fill `data` from byte `offset` on. Raises UserError when the file ends too early."""
     while data:
         count = os.preadv(fd, [data[:_LARGEST_CALL]], offset)
         if count == 0:
             raise UserError(f"{os.readlink(f'/proc/self/fd/{fd}')}: ended before its last tensor; fetch it again")
         data, offset = data[count:], offset + count
+
+
+def read_tensor(fd: int, dtype: torch.dtype, size: Sequence[int], offset: int) -> torch.Tensor:
+    """A new tensor from the bytes at `offset`. Raises UserError when the file ends before them."""
+    tensor = torch.empty(tuple(size), dtype=dtype)
+    read_at(fd, tensor_bytes(tensor), offset)
     return tensor
 
 

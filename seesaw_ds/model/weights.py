@@ -14,17 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate, groupby
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 
-from seesaw_ds.checkpoint.reading import Piece, read_groups, read_rows, read_whole, row_pieces, transposed_pieces
-from seesaw_ds.checkpoint.tensor_files import read_index
 from seesaw_ds.layout import Range, split_evenly
-from seesaw_ds.model.checkpoint import TensorEntry
-from seesaw_ds.model.tensors import EMBEDDING, HEAD, projections, replicated_tensors
+from seesaw_ds.model.tensors import replicated_tensors
 from seesaw_ds.reshard.plan import CellId, CellTensor
 from seesaw_ds.shapes import ModelShape
 
@@ -83,69 +79,6 @@ def projection_targets(shape: ModelShape, matrices: Mapping[str, torch.Tensor]) 
         targets[f"gate.{expert}"], targets[f"up.{expert}"] = gate_up[expert]
         targets[f"down.{expert}"] = down[expert]
     return targets
-
-
-class SafetensorsSource:
-    """A Hugging Face checkpoint, of which a rank reads its own rows and columns and nothing else."""
-
-    def __init__(self, shape: ModelShape, entries: dict[str, TensorEntry], dtype: torch.dtype) -> None:
-        self._shape = shape
-        self._stored = read_index(sorted({entry.path for entry in entries.values()}))
-        self._dtype = dtype
-        self._replicated = replicated_tensors(shape)
-
-    def load(self, cells: CellMatrices, num_cells: int, on_progress: Callable[[int, int], None]) -> None:
-        """Fill the matrices of cells of `num_cells` per layer; all are on one device."""
-        by_layer = groupby(sorted(cells), lambda cell: cell.layer)
-        layers = [{cell: cells[cell] for cell in layer} for _, layer in by_layer]
-        ends = list(accumulate(map(len, layers)))
-        read_groups(
-            (self.pieces(layer, num_cells) for layer in layers),
-            lambda done, _: on_progress(ends[done - 1], len(cells)),
-        )
-
-    def pieces(self, cells: CellMatrices, num_cells: int) -> Iterator[Piece]:
-        """What to read for some cells of `num_cells` of one layer; neighbours are read together where they can be."""
-        (layer,) = {cell.layer for cell in cells}
-        targets = {cell.cell: projection_targets(self._shape, matrices) for cell, matrices in cells.items()}
-        for name, place in projections(self._shape, layer).items():
-            stored = self._stored[place.tensor]
-            if name.partition(".")[0] in TRANSPOSED:
-                shares = split_evenly(place.columns, num_cells)
-                for run in _runs(sorted(targets)):
-                    columns = [targets[cell][name].squeeze(0) for cell in run]
-                    yield from transposed_pieces(stored, shares[run[0]].start, columns)
-                continue
-            for cell, share in enumerate(split_evenly(place.rows, num_cells)):
-                if cell in targets:
-                    yield from row_pieces(stored, place.first_row + share.start, targets[cell][name])
-
-    def embedding(self, rows: Range) -> torch.Tensor:
-        """Rows of the token embedding, (rows, hidden)."""
-        return read_rows(self._stored[EMBEDDING], rows, self._dtype)
-
-    def head(self, rows: Range) -> torch.Tensor:
-        """Rows of the LM head, (rows, hidden); the embedding's when they are tied."""
-        return read_rows(self._stored[EMBEDDING if self._shape.tie_word_embeddings else HEAD], rows, self._dtype)
-
-    def replicated(self, name: str) -> torch.Tensor:
-        """A tensor that every rank keeps whole, by its name in `replicated_tensors`."""
-        parts = [read_whole(self._stored[tensor], self._dtype) for tensor in self._replicated[name].tensors]
-        if len(parts) == 1:
-            return parts[0]
-        by_kv_head = [part.view(self._shape.num_kv_heads, -1) for part in parts]
-        return torch.cat(by_kv_head, dim=1).flatten()
-
-
-def _runs(cells: Sequence[int]) -> list[list[int]]:
-    """Ascending numbers as runs of neighbours."""
-    runs: list[list[int]] = []
-    for cell in cells:
-        if runs and runs[-1][-1] == cell - 1:
-            runs[-1].append(cell)
-        else:
-            runs.append([cell])
-    return runs
 
 
 class DummySource:

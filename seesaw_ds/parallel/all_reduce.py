@@ -7,20 +7,17 @@ NCCL_P2P_DISABLE=1 says not to use it, the kernel goes through host memory (`hos
 
 from __future__ import annotations
 
-import logging
-import os
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch.distributed import ProcessGroup
 
-logger = logging.getLogger(__name__)
+from seesaw_ds.parallel.peers import Reach, gather, reach
+from seesaw_ds.parallel.shared_memory import share_mapping
 
 ONE_SHOT_MAX_BYTES = 8 << 20
 _RANK_DATA_BYTES = 16 << 20
-_T = TypeVar("_T")
 
 
 class AllReduce(Protocol):
@@ -79,7 +76,7 @@ class OneShotAllReduce:
 
     def after_capture(self) -> None:
         handle, offsets = self._comm.vllm_get_graph_buffer_ipc_meta(self._handle)
-        gathered = _gather((handle, offsets), self._group)
+        gathered = gather((handle, offsets), self._group)
         self._comm.vllm_register_graph_buffers(self._handle, [h for h, _ in gathered], [o for _, o in gathered])
 
 
@@ -87,24 +84,14 @@ def choose_all_reduce(group: ProcessGroup, device: torch.device, has_graphs: boo
     """The fastest all-reduce that this group's devices allow. Collective: every rank of `group` calls it, once."""
     if not has_graphs or group.size() not in (2, 4, 6, 8):
         return BackendAllReduce(group)
-    places = _gather((os.uname().nodename, device.index), group)
-    if len({node for node, _ in places}) > 1 or len(set(places)) < len(places):
+    between = reach(group, device)
+    if between is Reach.OTHER:
         return BackendAllReduce(group)
-    others = [peer for _, peer in places if peer != device.index]
-    has_access = all(torch.cuda.can_device_access_peer(device.index, peer) for peer in others)
-    if all(_gather(has_access and os.environ.get("NCCL_P2P_DISABLE") != "1", group)):
-        return OneShotAllReduce(group, device)
-    return _host_staged(group, device)
+    return OneShotAllReduce(group, device) if between is Reach.PEER else _host_staged(group, device)
 
 
 def _host_staged(group: ProcessGroup, device: torch.device) -> AllReduce:
-    from seesaw_ds.parallel.host_all_reduce import HostStagedAllReduce, share_mapping
+    from seesaw_ds.parallel.host_all_reduce import HostStagedAllReduce, required_bytes
 
-    mapping = share_mapping(f"all-reduce-{dist.get_process_group_ranks(group)[0]}", group)
+    mapping = share_mapping("all-reduce", required_bytes(group.size()), group, device)
     return HostStagedAllReduce(group, device, mapping)
-
-
-def _gather(value: _T, group: ProcessGroup) -> list[_T]:
-    values = [value] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return values

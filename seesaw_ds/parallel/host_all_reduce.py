@@ -7,7 +7,6 @@ used: no CUDA IPC, no peer access, no multicast. `host_all_reduce_kernel` has th
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from seesaw_ds.parallel.all_reduce import BackendAllReduce
@@ -50,22 +49,6 @@ def required_bytes(num_ranks: int) -> int:
     """Size of the mapping: all ranks' slots, then all ranks' flags."""
     flag_bytes = _FLAG_STRIDE * torch.int64.itemsize
     return _slots_bytes(num_ranks) + num_ranks * _flags_per_rank(num_ranks) * flag_bytes
-
-
-def share_mapping(name: str, group: ProcessGroup) -> NodeSharedMapping:
-    """The zeroed memory of one `HostStagedAllReduce`, locked and known to CUDA. Collective over `group`, of one node.
-
-    `name` is used once per node. Raises UserError when the memory is refused.
-    """
-    store = dist.distributed_c10d._get_default_store()
-    if group.rank() == 0:
-        mapping = NodeSharedMapping.create(name, required_bytes(group.size()), store)
-        mapping.populate()
-    else:
-        mapping = NodeSharedMapping.attach(name, store)
-    dist.barrier(group=group)
-    mapping.register_for_dma()
-    return mapping
 
 
 class HostStagedAllReduce:

@@ -15,26 +15,41 @@ its own rank's other lane. That cannot lock ranks up, for every wait is for some
 that all ranks keep: exchange by exchange, in an exchange first every peer's first piece, then every second one, and in
 such a turn sends before receives. A receive waits for the send of its own turn, a send for a receive of a turn before.
 Were every rank to do all its work in that order on one queue, what comes first of all that is left could always go on.
+
+It costs time, though. Both lanes on one queue copy in turn, never both ways at once: two thirds of the rate. A lane on
+the queue of the current stream waits for its kernels. `stream_lanes` finds streams that do not hold each other up.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
+import time
 from collections.abc import Callable, Sequence
 from itertools import permutations, zip_longest
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
+from deepspeed.accelerator import get_accelerator
 
 from seesaw_ds.parallel.device import new_stream, on_stream, record_event, wait_event
 from seesaw_ds.parallel.shared_memory import NodeSharedMapping
 from seesaw_ds.parallel.transport import Handle, Message, Waitable
+
+if TYPE_CHECKING:
+    from seesaw_ds.parallel.device import Stream
+
+logger = logging.getLogger(__name__)
 
 NUM_SLOTS = 4
 _MAX_SLOT_BYTES = 16 << 20  # half a millisecond at the link's rate, some fifty times what queueing a piece costs
 _MAX_RINGS_BYTES = 1 << 30  # of all pairs together
 _LINE_BYTES = 64  # each flag has a cache line of its own
 _LINE_FLAGS = _LINE_BYTES // torch.int32.itemsize
+_MAX_LANES_TRIED = 16
+_PROBE_SECONDS = 0.01  # a thousand times what the probe's work takes
+_PROBE_BYTES = 64 << 10  # small copies to the device may be made in the command itself, by no copy engine
+_T = TypeVar("_T")
 _WAIT_UNTIL_AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ
 _WRITE_AFTER_FENCE = 0  # CU_STREAM_WRITE_VALUE_DEFAULT: what the stream did before is visible to all first
 
@@ -136,14 +151,14 @@ class StreamLane:
     def __init__(self, device: torch.device) -> None:
         stream = new_stream(device)
         assert stream is not None, f"{device} has no streams"
-        self._device = device
+        self.device = device
         self._stream = stream
         self._wait_value = _driver_call("cuStreamWaitValue32_v2")
         self._write_value = _driver_call("cuStreamWriteValue32_v2")
 
     def follow(self) -> None:
         """See `Lane`."""
-        event = record_event(self._device)
+        event = record_event(self.device)
         with on_stream(self._stream):
             wait_event(event)
 
@@ -163,9 +178,75 @@ class StreamLane:
     def end(self) -> Waitable:
         """See `Lane`."""
         with on_stream(self._stream):
-            event = record_event(self._device)
+            event = record_event(self.device)
         assert event is not None
         return event
+
+
+def stream_lanes(device: torch.device) -> tuple[StreamLane, StreamLane]:
+    """Two lanes, outgoing and incoming, that hold up neither each other nor the current stream, if there are such.
+
+    The device must be idle, and becomes idle. Warns when there are none.
+    """
+    current = get_accelerator().current_stream()
+    outgoing, incoming = pick_apart(
+        lambda: StreamLane(device),
+        lambda lane, chosen: any(_holds_up(lane, stream) for stream in (current, *(other._stream for other in chosen))),
+        num_wanted=2,
+    )
+    return outgoing, incoming
+
+
+def pick_apart(make: Callable[[], _T], holds_up: Callable[[_T, Sequence[_T]], bool], num_wanted: int) -> list[_T]:
+    """The first `num_wanted` things made for which ``holds_up(thing, those chosen before)`` is false.
+
+    Warns, and fills up with what was made first, when too few of many are.
+    """
+    chosen: list[_T] = []
+    refused: list[_T] = []
+    while len(chosen) < num_wanted and len(chosen) + len(refused) < _MAX_LANES_TRIED:
+        thing = make()
+        (refused if holds_up(thing, chosen) else chosen).append(thing)
+    if len(chosen) < num_wanted:
+        logger.warning(
+            "transfers through host memory will be slow: of %d streams too few have a hardware queue of their own; "
+            "set CUDA_DEVICE_MAX_CONNECTIONS=32",
+            _MAX_LANES_TRIED,
+        )
+    elif refused:
+        logger.info("transfers through host memory: passed over %d streams that hold up others", len(refused))
+    return [*chosen, *refused][:num_wanted]
+
+
+def _holds_up(lane: StreamLane, stream: Stream) -> bool:
+    """Whether `stream` gets nothing done while `lane` waits for a flag."""
+    flag = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+    on_host = [torch.empty(_PROBE_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    on_device = [tensor.to(lane.device) for tensor in on_host]
+
+    def work() -> None:
+        with on_stream(stream):
+            on_device[0].copy_(on_host[0], non_blocking=True)
+            on_device[0].add_(1)
+            on_host[0].copy_(on_device[0], non_blocking=True)
+
+    work()  # a stream's first work takes longer
+    lane.copy(on_device[1], on_host[1])
+    lane.copy(on_host[1], on_device[1])
+    get_accelerator().synchronize()
+    lane.copy(on_host[1], on_device[1])  # waits stand between copies in a transfer
+    lane.wait(flag, 1)
+    lane.copy(on_device[1], on_host[1])
+    work()
+    with on_stream(stream):
+        end = record_event(lane.device)
+    assert end is not None
+    deadline = time.monotonic() + _PROBE_SECONDS
+    while not (is_done := end.query()) and time.monotonic() < deadline:
+        time.sleep(0)
+    flag.fill_(1)
+    get_accelerator().synchronize()
+    return not is_done
 
 
 def slot_bytes(num_ranks: int) -> int:

@@ -18,9 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import Store
 
 from seesaw_ds.errors import UserError
+from seesaw_ds.parallel.device import is_cuda
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +151,24 @@ class NodeSharedMapping:
             ctypes.memset(address, 0, size)
         elif code:
             raise _not_enough(self.name, self.nbytes, OSError(code, os.strerror(code)))
+
+
+def share_mapping(name: str, nbytes: int, group: ProcessGroup, device: torch.device) -> NodeSharedMapping:
+    """One mapping for all ranks of `group`, which are of one node and all call this; on CUDA it is locked for DMA.
+
+    A group whose first rank is the same uses `name` once. Raises UserError when the memory is refused.
+    """
+    first = dist.get_process_group_ranks(group)[0]
+    name = f"{name}-{first}"
+    store = dist.distributed_c10d._get_default_store()
+    is_first = dist.get_rank() == first
+    mapping = NodeSharedMapping.create(name, nbytes, store) if is_first else NodeSharedMapping.attach(name, store)
+    if is_cuda(device):
+        if is_first:
+            mapping.populate()
+        dist.barrier(group=group)
+        mapping.register_for_dma()
+    return mapping
 
 
 def _madvise(address: int, size: int, advice: int) -> int:

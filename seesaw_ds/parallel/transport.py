@@ -6,19 +6,18 @@ through host memory has two H200 swap weights at 23 GB/s each way; `host_transpo
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from seesaw_ds.parallel.device import is_cuda
-from seesaw_ds.parallel.shared_memory import NodeSharedMapping
+from seesaw_ds.parallel.peers import Reach, reach
+from seesaw_ds.parallel.shared_memory import share_mapping
 
 Message = tuple[torch.Tensor, int]
-_T = TypeVar("_T")
 
 
 class Waitable(Protocol):
@@ -70,34 +69,12 @@ class BackendTransport:
         return Handle(dist.batch_isend_irecv(ops) if ops else [], [op.tensor for op in ops])
 
 
-def choose_transport(
-    group: ProcessGroup, device: torch.device, share: Callable[[str, int], NodeSharedMapping]
-) -> Transport:
-    """The fastest transport that this group's devices allow. Collective: every rank of `group` calls it, once.
-
-    ``share(name, num_bytes)`` makes zeroed memory that the group's ranks share, locked and known to CUDA. It is called
-    on every rank or on none.
-    """
-    if not is_cuda(device) or group.size() == 1 or _has_peer_access(group, device):
+def choose_transport(group: ProcessGroup, device: torch.device) -> Transport:
+    """The fastest transport that this group's devices allow. Collective: every rank of `group` calls it, once."""
+    if not is_cuda(device) or group.size() == 1 or reach(group, device) is not Reach.HOST:
         return BackendTransport(group, device)
-    from seesaw_ds.parallel.host_transport import HostStagedTransport, StreamLane, required_bytes
+    from seesaw_ds.parallel.host_transport import HostStagedTransport, required_bytes, stream_lanes
 
     ranks = dist.get_process_group_ranks(group)
-    mapping = share("transport", required_bytes(len(ranks)))
-    return HostStagedTransport(ranks, dist.get_rank(), mapping, StreamLane(device), StreamLane(device))
-
-
-def _has_peer_access(group: ProcessGroup, device: torch.device) -> bool:
-    """Whether NCCL copies from device to device, or goes over a network, where this node's memory is of no use."""
-    places = _gather((os.uname().nodename, device.index), group)
-    if len({node for node, _ in places}) > 1:
-        return True
-    others = [peer for _, peer in places if peer != device.index]
-    has_access = all(torch.cuda.can_device_access_peer(device.index, peer) for peer in others)
-    return all(_gather(has_access and os.environ.get("NCCL_P2P_DISABLE") != "1", group))
-
-
-def _gather(value: _T, group: ProcessGroup) -> list[_T]:
-    values = [value] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return values
+    mapping = share_mapping("transport", required_bytes(len(ranks)), group, device)
+    return HostStagedTransport(ranks, dist.get_rank(), mapping, *stream_lanes(device))

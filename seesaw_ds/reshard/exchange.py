@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,9 +13,11 @@ from seesaw_ds.parallel.transport import Handle, Transport
 from seesaw_ds.reshard.arena import WeightArena
 from seesaw_ds.reshard.plan import CellTensor, ReshardPlan, Transfer
 
-# Two pieces are all the extra memory. On two H200 a swap in pieces of 16, 64, 256 MiB and whole cells of 1 GiB runs at
-# 160, 234, 259 and 269 GB/s each way over NVLink.
+# On two H200 a swap in pieces of 16, 64, 256 MiB and whole cells of 1 GiB runs at 160, 234, 259 and 269 GB/s each way
+# over NVLink.
 _PIECE_BYTES = 64 << 20
+# One crosses the link, one waits for it, one is copied to its place. So many pieces are all the extra memory.
+_NUM_UNDER_WAY = 3
 
 
 class _Piece(NamedTuple):
@@ -26,9 +29,18 @@ class _Piece(NamedTuple):
     numel: int
 
 
-class _Step(NamedTuple):
-    """A piece under way, and what to copy where when it has arrived."""
+class _Job(NamedTuple):
+    """A piece's part in a round: what goes out, what comes in, at least one of both."""
 
+    piece: _Piece
+    outgoing: Transfer | None
+    incoming: Transfer | None
+
+
+class _Step(NamedTuple):
+    """A job under way, and what to copy where when it has arrived."""
+
+    job: _Job
     handle: Handle
     buffer: torch.Tensor
     target: torch.Tensor | None
@@ -64,7 +76,7 @@ class ExchangeReshard:
         self._buffers: list[torch.Tensor] = []
         if self._rounds[Phase.DECODE]:
             numel = max(piece.numel for piece in self._pieces)
-            self._buffers = [torch.empty(numel, dtype=arena.dtype, device=arena.device) for _ in range(2)]
+            self._buffers = [torch.empty(numel, dtype=arena.dtype, device=arena.device) for _ in range(_NUM_UNDER_WAY)]
 
     def run(self, to_phase: Phase) -> int:
         """Exchange cells until the arena has the placement of `to_phase`; returns the bytes received.
@@ -73,10 +85,15 @@ class ExchangeReshard:
         """
         assert to_phase is not self._phase, f"the weights are in phase {to_phase.value} already"
         received_bytes = 0
-        for transfers in self._rounds[to_phase]:
-            outgoing = next((transfer for transfer in transfers if transfer.src_rank == self._rank), None)
-            incoming = next((transfer for transfer in transfers if transfer.dst_rank == self._rank), None)
-            received_bytes += self._run_round(outgoing, incoming)
+        under_way: deque[_Step] = deque()
+        for index, job in enumerate(self._jobs(to_phase)):
+            while len(under_way) == _NUM_UNDER_WAY or any(_is_read_by(step, job) for step in under_way):
+                _finish(under_way.popleft())
+            under_way.append(self._start(job, self._buffers[index % _NUM_UNDER_WAY]))
+            if job.incoming is not None:
+                received_bytes += job.piece.numel * self._arena.dtype.itemsize
+        for step in under_way:
+            _finish(step)
         self._phase = to_phase
         return received_bytes
 
@@ -84,26 +101,16 @@ class ExchangeReshard:
         """Release the buffers; the arena and the transport are the caller's."""
         self._buffers.clear()
 
-    def _run_round(self, outgoing: Transfer | None, incoming: Transfer | None) -> int:
-        """Swap one cell, with the next piece under way while the last one is copied to its place."""
-        if outgoing is None and incoming is None:
-            return 0
-        received_bytes = 0
-        previous = None
-        for index, piece in enumerate(self._pieces):
-            step = self._start(piece, outgoing, incoming, self._buffers[index % 2])
-            if previous is not None:
-                _finish(previous)
-            previous = step
-            if incoming is not None:
-                received_bytes += piece.numel * self._arena.dtype.itemsize
-        if previous is not None:
-            _finish(previous)
-        return received_bytes
+    def _jobs(self, to_phase: Phase) -> Iterator[_Job]:
+        """This rank's parts, round by round. No cell is passed on, so what a job sends no earlier one brought."""
+        for transfers in self._rounds[to_phase]:
+            outgoing = next((transfer for transfer in transfers if transfer.src_rank == self._rank), None)
+            incoming = next((transfer for transfer in transfers if transfer.dst_rank == self._rank), None)
+            if outgoing is not None or incoming is not None:
+                yield from (_Job(piece, outgoing, incoming) for piece in self._pieces)
 
-    def _start(
-        self, piece: _Piece, outgoing: Transfer | None, incoming: Transfer | None, buffer: torch.Tensor
-    ) -> _Step:
+    def _start(self, job: _Job, buffer: torch.Tensor) -> _Step:
+        piece, outgoing, incoming = job
         sends, receives = [], []
         target = None
         if outgoing is not None:
@@ -113,10 +120,17 @@ class ExchangeReshard:
             if outgoing is not None and incoming.dst_slot == outgoing.src_slot:
                 target, landing = landing, buffer[: piece.numel]
             receives.append((landing, self._global_ranks[incoming.src_rank]))
-        return _Step(self._transport.exchange(sends, receives), buffer, target)
+        return _Step(job, self._transport.exchange(sends, receives), buffer, target)
 
     def _view(self, piece: _Piece, slot: int) -> torch.Tensor:
         return self._arena.cell(piece.name, slot)[piece.start : piece.stop].flatten()
+
+
+def _is_read_by(step: _Step, job: _Job) -> bool:
+    """Whether `step` sends what lies where `job` lets its piece land."""
+    if step.job.outgoing is None or job.incoming is None:
+        return False
+    return step.job.piece == job.piece and step.job.outgoing.src_slot == job.incoming.dst_slot
 
 
 def _finish(step: _Step) -> None:

@@ -30,8 +30,9 @@ class Residency:
         self._pools = pools
         self._block_size = block_size
         self._forecast = forecast
-        self._queue: list[tuple[int, int]] = []  # a heap of (order, seq_id); ids not on the host are skipped
+        self._queue: list[tuple[tuple[int, int], int]] = []  # a heap of (rank, seq_id); ids not on the host are skipped
         self._on_host: dict[int, Sequence] = {}
+        self._is_end_game = False
         self._is_blocked = False
         self._residents: list[Resident] | None = None  # sorted; built anew after each event
 
@@ -39,8 +40,15 @@ class Residency:
         """Queue a sequence whose KV is on the host."""
         seq.state = SequenceState.HOST
         self._on_host[seq.seq_id] = seq
-        heapq.heappush(self._queue, (seq.order, seq.seq_id))
+        heapq.heappush(self._queue, (self._rank(seq), seq.seq_id))
         self._is_blocked = False
+
+    def start_end_game(self) -> None:
+        """From now on those with most to go come to the GPU first: no prompt is left, so none has to wait its turn."""
+        if not self._is_end_game:
+            self._is_end_game = True
+            self._queue = [(self._rank(seq), seq_id) for seq_id, seq in self._on_host.items()]
+            heapq.heapify(self._queue)
 
     def drop(self, seq: Sequence) -> None:
         """Forget a sequence that ended, if its KV is on the host."""
@@ -72,11 +80,11 @@ class Residency:
         insort(residents, _resident(seq))
         return len(residents) == 1 or self._fits(residents, pools.gpu.num_blocks - transit_blocks)
 
-    def next_swap_in(self, transit_blocks: int, is_end_game: bool) -> SwapIn | None:
-        """Start a sequence's way to the GPU, if there is room: the oldest, in the end game that with most to go."""
+    def next_swap_in(self, transit_blocks: int) -> SwapIn | None:
+        """Start the way to the GPU of the first in the queue, if there is room."""
         if self._is_blocked or not self._on_host:
             return None
-        seq = self._with_most_to_go() if is_end_game else self._oldest()
+        seq = self._first()
         if not self.accepts(seq, transit_blocks):
             self._is_blocked = True
             return None
@@ -89,15 +97,12 @@ class Residency:
     def find_yielder(self, running: Iterable[Sequence]) -> Sequence | None:
         """In the end game, whom of the `running` to evict for the sake of a sequence on the host with more to go.
 
-        When all of the input is on its way, the run ends with the sequence that ends last. One that waits on the host
-        while others finish would run on by itself, at the cost of a whole batch's steps. So whoever is ahead by
-        `_YIELD_TOKENS` makes room, unless the host has enough sequences for another full batch.
+        The run ends with the sequence that ends last. One that waits on the host while others finish would run on by
+        itself, at the cost of a whole batch's steps. So whoever is ahead by `_YIELD_TOKENS` makes room.
         """
         if not self._on_host or not self._is_blocked:
             return None
-        if sum(len(seq.host_blocks) for seq in self._on_host.values()) >= self._pools.gpu.num_used:
-            return None
-        longest = self._tokens_to_go(self._with_most_to_go())
+        longest = self._tokens_to_go(self._first())
         ahead = [
             seq
             for seq in running
@@ -105,13 +110,14 @@ class Residency:
         ]
         return min(ahead, key=lambda seq: (self._tokens_to_go(seq), seq.order), default=None)
 
-    def _oldest(self) -> Sequence:
-        while self._queue[0][1] not in self._on_host:
-            heapq.heappop(self._queue)
-        return self._on_host[self._queue[0][1]]
+    def _rank(self, seq: Sequence) -> tuple[int, int]:
+        num_tokens = seq.spec.max_tokens - seq.num_output_tokens
+        return (-num_tokens if self._is_end_game else 0, seq.order)
 
-    def _with_most_to_go(self) -> Sequence:
-        return max(self._on_host.values(), key=lambda seq: (self._tokens_to_go(seq), -seq.order))
+    def _first(self) -> Sequence:
+        while (seq := self._on_host.get(self._queue[0][1])) is None or self._queue[0][0] != self._rank(seq):
+            heapq.heappop(self._queue)
+        return seq
 
     def _tokens_to_go(self, seq: Sequence) -> float:
         return min(seq.spec.max_tokens - seq.num_output_tokens, self._forecast.mean_tokens)

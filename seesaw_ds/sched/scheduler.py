@@ -147,23 +147,22 @@ class Scheduler:
             return None
         # Nothing is in transit while the phase is decode.
         margin = self._prefill.transit_margin if self.phase is Phase.PREFILL else 0
-        swap_in = self._residency.next_swap_in(margin, self._is_end_game)
-        if swap_in is not None:
-            return swap_in
-        if self._is_end_game:
+        if self._input_closed and self._prefill.num_waiting == 0:
+            self._residency.start_end_game()
             self._mark_yielder()
+        if (swap_in := self._residency.next_swap_in(margin)) is not None:
+            return swap_in
         if self.phase is Phase.PREFILL:
             return self._next_prefill()
         return self._next_decode() or self._next_evict()
 
-    @property
-    def _is_end_game(self) -> bool:
-        """Whether no prompt is left to admit."""
-        return self._input_closed and self._prefill.num_waiting == 0
-
     def _mark_yielder(self) -> None:
-        """Have a running sequence make room for one on the host that has more to go, if that helps."""
-        if self._decode.num_victims < _MOST_YIELDING:
+        """Have a running sequence make room for one on the host that has more to go, if that helps.
+
+        Not while the host has enough to fill the GPU again: then nobody's end is near the end of the run.
+        """
+        pools = self._pools
+        if pools.host.num_used < pools.gpu.num_used and self._decode.num_victims < _MOST_YIELDING:
             seq = self._residency.find_yielder(self._decode.candidates())
             if seq is not None and len(seq.gpu_blocks) <= self._pools.host.num_free:
                 self._decode.mark_victim(seq)

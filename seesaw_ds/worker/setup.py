@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from seesaw_ds.checkpoint.cell_layout import is_cells_folder
-from seesaw_ds.checkpoint.source import CellsSource
+from seesaw_ds.checkpoint.source import CellsSource, SafetensorsSource
 from seesaw_ds.config import RunConfig, dtype_name, max_model_len
 from seesaw_ds.kv.device_pool import DeviceKVPool, allocate_kv, block_numel
 from seesaw_ds.kv.exchange import KVExchange
@@ -27,12 +27,12 @@ from seesaw_ds.model.build import build_stages, load_arena
 from seesaw_ds.model.checkpoint import check_checkpoint
 from seesaw_ds.model.decoder import DecoderStage
 from seesaw_ds.model.rope import ModelRotation
-from seesaw_ds.model.weights import DummySource, SafetensorsSource, WeightSource, cell_tensors
+from seesaw_ds.model.weights import DummySource, WeightSource, cell_tensors
 from seesaw_ds.parallel import device as devices
 from seesaw_ds.parallel.all_reduce import AllReduce, BackendAllReduce, choose_all_reduce
 from seesaw_ds.parallel.groups import ParallelState
 from seesaw_ds.parallel.links import PipelineLink
-from seesaw_ds.parallel.shared_memory import NodeSharedMapping
+from seesaw_ds.parallel.shared_memory import share_mapping
 from seesaw_ds.parallel.transport import BackendTransport, Transport, choose_transport
 from seesaw_ds.plan.memory import PoolSizes, blocks_for, size_pools
 from seesaw_ds.reshard.arena import WeightArena
@@ -172,7 +172,7 @@ class _EngineBuilder:
         group = self._state.replica
         if self._layouts.is_static:  # nothing will travel
             return BackendTransport(group, self._device)
-        return choose_transport(group, self._device, self._share)
+        return choose_transport(group, self._device)
 
     def load_weights(self) -> None:
         run, shape, plan = self._run, self._shape, self._plan
@@ -182,7 +182,8 @@ class _EngineBuilder:
         host_weights = None
         if run.weight_reshard == "host":
             cells = (pieces, shape.num_layers, self._layouts.cells_per_layer, self._dtype)
-            host_weights = HostWeights(self._share("weights", HostWeights.required_bytes(*cells)), *cells)
+            num_bytes = HostWeights.required_bytes(*cells)
+            host_weights = HostWeights(share_mapping("weights", num_bytes, self._state.replica, self._device), *cells)
         load_arena(self._arena, plan, self._replica_rank, source, host_weights, _LoadProgress())
         self._stages = build_stages(
             shape,
@@ -215,7 +216,8 @@ class _EngineBuilder:
             shape.head_dim,
             self._dtype.itemsize,
         )
-        mapping = self._share("kv", layout.row_bytes * self._sizes.num_host_blocks)
+        num_bytes = layout.row_bytes * self._sizes.num_host_blocks
+        mapping = share_mapping("kv", num_bytes, self._state.replica, self._device)
         self._host_pool = HostKVPool(mapping, layout, self._sizes.num_host_blocks, self._dtype)
 
     def make_prefill(self) -> None:
@@ -321,21 +323,6 @@ class _EngineBuilder:
             links=tuple(self._links.values()),
             pool_sizes=self._sizes,
         )
-
-    def _share(self, name: str, num_bytes: int) -> NodeSharedMapping:
-        """One mapping for all ranks of the replica; its first rank creates and populates it."""
-        name = f"{name}-{self._state.replica_ranks[0]}"
-        store = dist.distributed_c10d._get_default_store()
-        if self._replica_rank != 0:
-            mapping = NodeSharedMapping.attach(name, store)
-        else:
-            mapping = NodeSharedMapping.create(name, num_bytes, store)
-        if devices.is_cuda(self._device):
-            if self._replica_rank == 0:
-                mapping.populate()
-            dist.barrier(group=self._state.replica)
-            mapping.register_for_dma()
-        return mapping
 
 
 def _source(run: RunConfig, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> WeightSource:

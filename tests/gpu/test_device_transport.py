@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from seesaw_ds.parallel.host_transport import HostStagedTransport, StreamLane, required_bytes, slot_bytes
-from seesaw_ds.parallel.shared_memory import NodeSharedMapping
+from seesaw_ds.parallel.host_transport import HostStagedTransport, required_bytes, slot_bytes, stream_lanes
+from seesaw_ds.parallel.shared_memory import share_mapping
 from seesaw_ds.parallel.transport import BackendTransport, Transport, choose_transport
 
 NUM_RANKS = 2
@@ -38,12 +38,12 @@ def run_rank(rank: int, rendezvous: str, is_p2p_disabled: bool) -> None:
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", init_method=rendezvous, rank=rank, world_size=NUM_RANKS)
     group = dist.group.WORLD
-    chosen = choose_transport(group, device, share)
+    chosen = choose_transport(group, device)
     assert isinstance(chosen, HostStagedTransport) == (
         is_p2p_disabled or not torch.cuda.can_device_access_peer(rank, 1 - rank)
     )
-    lanes = StreamLane(device), StreamLane(device)
-    staged = HostStagedTransport(range(NUM_RANKS), rank, share("staged", required_bytes(NUM_RANKS)), *lanes)
+    mapping = share_mapping("staged", required_bytes(NUM_RANKS), group, device)
+    staged = HostStagedTransport(range(NUM_RANKS), rank, mapping, *stream_lanes(device))
     report(f"P2P {'off' if is_p2p_disabled else 'on'}: link, both directions at once {link_rate():.1f} GB/s each way")
     for name, transport in {"NCCL": BackendTransport(group, device), "host-staged": staged}.items():
         check_bits(transport)
@@ -51,18 +51,6 @@ def run_rank(rank: int, rendezvous: str, is_p2p_disabled: bool) -> None:
         report(f"  {name}: {rate:.1f} GB/s each way, matrix products beside it {slow_down(transport):.3f}x the time")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def share(name: str, num_bytes: int) -> NodeSharedMapping:
-    store = dist.distributed_c10d._get_default_store()
-    if dist.get_rank() == 0:
-        mapping = NodeSharedMapping.create(name, num_bytes, store)
-        mapping.populate()
-    else:
-        mapping = NodeSharedMapping.attach(name, store)
-    dist.barrier()
-    mapping.register_for_dma()
-    return mapping
 
 
 def check_bits(transport: Transport) -> None:

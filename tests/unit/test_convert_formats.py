@@ -23,13 +23,13 @@ from seesaw_ds.checkpoint.hf import HFReader, HFWriter
 from seesaw_ds.checkpoint.manifest import read_manifest
 from seesaw_ds.checkpoint.megatron_names import NAMES
 from seesaw_ds.checkpoint.parts import units_of
-from seesaw_ds.checkpoint.source import CellsSource
+from seesaw_ds.checkpoint.source import CellsSource, SafetensorsSource
 from seesaw_ds.errors import UserError
 from seesaw_ds.layout import Range
 from seesaw_ds.model.checkpoint import check_checkpoint
 from seesaw_ds.model.families import FAMILIES
 from seesaw_ds.model.tensors import expected_tensors, replicated_tensors
-from seesaw_ds.model.weights import SafetensorsSource, cell_tensors
+from seesaw_ds.model.weights import cell_tensors
 from seesaw_ds.reshard.plan import CellId
 from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
 

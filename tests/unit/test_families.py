@@ -9,13 +9,14 @@ from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from cells import load_cells
 from family_models import LONGROPE, WINDOW, family_config, make_family
+from seesaw_ds.checkpoint.source import SafetensorsSource
 from seesaw_ds.errors import UserError
 from seesaw_ds.model.checkpoint import check_checkpoint
 from seesaw_ds.model.families import FAMILIES
 from seesaw_ds.model.families.family import AttentionKind
 from seesaw_ds.model.rope import ModelRotation
 from seesaw_ds.model.tensors import expected_tensors, replicated_tensors
-from seesaw_ds.model.weights import DummySource, SafetensorsSource
+from seesaw_ds.model.weights import DummySource
 from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
 
 SLIDING, FULL = AttentionKind(WINDOW), AttentionKind()

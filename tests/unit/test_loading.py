@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from models import make_llama
 from seesaw_ds.checkpoint import reading
 from seesaw_ds.checkpoint.convert import Conversion, convert
-from seesaw_ds.checkpoint.source import CellsSource
+from seesaw_ds.checkpoint.source import CellsSource, SafetensorsSource
 from seesaw_ds.checkpoint.tensor_files import StoredTensor, read_index
 from seesaw_ds.errors import UserError
 from seesaw_ds.layout import LayoutPair, Phase, Range
 from seesaw_ds.model.build import load_arena
 from seesaw_ds.model.checkpoint import check_checkpoint
 from seesaw_ds.model.tensors import projections
-from seesaw_ds.model.weights import SafetensorsSource, cell_tensors
+from seesaw_ds.model.weights import cell_tensors
 from seesaw_ds.reshard.arena import WeightArena
 from seesaw_ds.reshard.plan import plan_reshard
 from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config

@@ -7,10 +7,11 @@ import torch
 
 from cells import load_cells
 from models import make_llama
+from seesaw_ds.checkpoint.source import SafetensorsSource
 from seesaw_ds.layout import Range, split_evenly
 from seesaw_ds.model.checkpoint import check_checkpoint
 from seesaw_ds.model.tensors import replicated_tensors
-from seesaw_ds.model.weights import DummySource, SafetensorsSource, WeightSource, vocab_shard
+from seesaw_ds.model.weights import DummySource, WeightSource, vocab_shard
 from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
 
 CUTS = [1, 2, 4, 8]
