@@ -60,7 +60,7 @@ class RunConfig:
     weight_reshard: str = "exchange"
     max_model_len: int | None = None
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 1024
+    max_num_batched_tokens: int = 512
     mixed_steps: bool = True
     gpu_memory_utilization: float = 0.9
     kv_block_size: int = 16
