@@ -214,7 +214,7 @@ def pick_apart(make: Callable[[], _T], holds_up: Callable[[_T, Sequence[_T]], bo
             _MAX_LANES_TRIED,
         )
     elif refused:
-        logger.info("transfers through host memory: passed over %d streams that hold up others", len(refused))
+        logger.info("transfers through host memory: passed over %d stream(s) that hold up others", len(refused))
     return [*chosen, *refused][:num_wanted]
 
 
