@@ -21,13 +21,16 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from seesaw_ds.checkpoint.tensor_files import OpenFiles, StoredTensor, read_at, read_tensor, tensor_bytes
+from seesaw_ds.checkpoint.transpose import transpose
 from seesaw_ds.layout import Range
 from seesaw_ds.parallel import device as devices
 
 PIECE_BYTES = 8 << 20
 """The largest piece: small enough that threads end together, large enough that a call's cost does not count."""
-BLOCK_ROWS = 144
-"""Rows that are turned at once: a few MB, for the cache. Not a power of two, or columns would share few cache sets."""
+BLOCK_BYTES = 3 << 20
+"""The largest block that is turned at once: it and its transpose stay in the cache, beside those of other threads."""
+BLOCK_ROWS = Range(96, 480)
+"""The fewest rows of such a block, if the matrix has them, and the most: long runs to write, and few parts to read."""
 LARGEST_GAP = 16 << 10
 """Bytes between the wanted parts of two rows up to which reading them too costs less than a call for each part."""
 MAX_THREADS = 8
@@ -71,7 +74,7 @@ def row_pieces(stored: StoredTensor, first_row: int, target: torch.Tensor) -> It
 
 def transposed_pieces(stored: StoredTensor, first_column: int, targets: Iterable[torch.Tensor]) -> Iterator[Piece]:
     """Columns of `stored` from `first_column` on into the rows of `targets` (columns, rows), one after the other."""
-    columns_per_piece = PIECE_BYTES // (BLOCK_ROWS * stored.dtype.itemsize)
+    columns_per_piece = BLOCK_BYTES // (BLOCK_ROWS.start * stored.dtype.itemsize)
     band: list[torch.Tensor] = []
     bands = [band]
     for part in (part for target in targets for part in torch.split(target, columns_per_piece)):
@@ -82,9 +85,16 @@ def transposed_pieces(stored: StoredTensor, first_column: int, targets: Iterable
     for band in bands:
         columns = Range(first_column, first_column + sum(map(len, band)))
         first_column = columns.stop
-        for start in range(0, stored.size[0], BLOCK_ROWS):
-            rows = Range(start, min(start + BLOCK_ROWS, stored.size[0]))
+        num_rows = _rows_of_a_block(columns.size * stored.dtype.itemsize)
+        for start in range(0, stored.size[0], num_rows):
+            rows = Range(start, min(start + num_rows, stored.size[0]))
             yield Piece(stored, rows, columns, [part[:, rows.start : rows.stop] for part in band], True)
+
+
+def _rows_of_a_block(row_bytes: int) -> int:
+    """Whole cache lines to write (32 elements of 2 bytes); an odd number, or columns would share few cache sets."""
+    lines = min(max(BLOCK_BYTES // row_bytes, BLOCK_ROWS.start), BLOCK_ROWS.stop) // 32
+    return 32 * (lines - 1 + lines % 2)
 
 
 def read_rows(stored: StoredTensor, rows: Range, dtype: torch.dtype) -> torch.Tensor:
@@ -223,7 +233,7 @@ class DirectReader:
             self._files.read(piece, piece.targets[0])
             return
         if not self._scratch.numel():
-            keep_freed_memory(2 * PIECE_BYTES)
+            _keep_freed_memory(2 * PIECE_BYTES)
             self._scratch = torch.empty(PIECE_BYTES, dtype=torch.uint8)
         block = self._scratch[: piece.nbytes].view(piece.stored.dtype).view(piece.size)
         self._files.read(piece, block)
@@ -236,51 +246,13 @@ class DirectReader:
         """Nothing is queued on CPU."""
 
 
-def keep_freed_memory(num_bytes: int) -> None:
+def _keep_freed_memory(num_bytes: int) -> None:
     """Have the C library reuse freed blocks of up to `num_bytes`, at most 32 MiB, in place of unmapping each.
 
     glibc takes the largest mapped block freed so far for its threshold. Else every pass over a new block would be
     charged with the kernel's first touch of its pages.
     """
     torch.empty(num_bytes, dtype=torch.uint8)  # freed at once
-
-
-def transpose(block: torch.Tensor, targets: Sequence[torch.Tensor]) -> None:
-    """Write the transpose of `block`, contiguous on CPU, into `targets`, one below the other, and cast it.
-
-    Bit by bit the same where dtypes are. Torch transposes 2-byte elements one by one; a channel shuffle of 4-byte ones
-    moves vectors. So that turns pairs of neighbours, which are then taken apart: their low halves (little-endian) are
-    one row, the high halves the next.
-    """
-    heights = [len(target) for target in targets]
-    item_bytes = block.dtype.itemsize
-    if item_bytes == 2 and all(height % 2 == 0 for height in heights):
-        pairs = _shuffle(block).view(torch.int32)
-        for target, part in zip(targets, torch.split(pairs, [height // 2 for height in heights]), strict=True):
-            _take_apart(part, target, block.dtype)
-        return
-    turned = _shuffle(block).view(block.dtype) if item_bytes == 4 else block.t()
-    for target, part in zip(targets, torch.split(turned, heights), strict=True):
-        target.copy_(part)
-
-
-def _take_apart(pairs: torch.Tensor, target: torch.Tensor, dtype: torch.dtype) -> None:
-    """Write both halves of int32 `pairs` (rows / 2, columns), of `dtype` each, to `target`; changes `pairs`."""
-    turned = target if target.dtype == dtype else torch.empty(target.shape, dtype=dtype)
-    halves = turned.view(torch.int16)
-    halves[0::2].copy_(pairs)
-    halves[1::2].copy_(pairs.bitwise_right_shift_(16))
-    if turned is not target:
-        target.copy_(turned)
-
-
-def _shuffle(block: torch.Tensor) -> torch.Tensor:
-    """The transpose of `block` seen as (rows, columns) of 4 bytes each: what shuffles the channels of one pixel."""
-    rows = block.shape[0]
-    pixel = (
-        block.view(torch.float32).view(1, 1, 1, -1).permute(0, 3, 1, 2)
-    )  # channels last, as the fast kernel wants it
-    return torch.native_channel_shuffle(pixel, rows).view(-1, rows)
 
 
 class StagedReader:

@@ -1,4 +1,4 @@
-"""Weights for the engine out of files: a rank reads its own cells, or its own rows and columns, and nothing else."""
+"""Weights for the engine out of files: a rank loads its own cells, or its own rows and columns."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from seesaw_ds.shapes import ModelShape
 
 
 class SafetensorsSource:
-    """A `WeightSource` over a Hugging Face checkpoint, of which a rank reads its own rows and columns and nothing else."""
+    """A `WeightSource` over a Hugging Face checkpoint, of which a rank loads its own rows and columns."""
 
     def __init__(self, shape: ModelShape, entries: dict[str, TensorEntry], dtype: torch.dtype) -> None:
         self._shape = shape

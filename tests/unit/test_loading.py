@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from seesaw_ds.checkpoint import reading
 from seesaw_ds.checkpoint.convert import Conversion, convert
 from seesaw_ds.checkpoint.source import CellsSource, SafetensorsSource
 from seesaw_ds.checkpoint.tensor_files import StoredTensor, read_index
+from seesaw_ds.checkpoint.transpose import transpose
 from seesaw_ds.errors import UserError
 from seesaw_ds.layout import LayoutPair, Phase, Range
 from seesaw_ds.model.build import load_arena
@@ -45,7 +47,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 def test_a_transpose_keeps_every_bit(dtype, heights):
     block = random_bits(33, sum(heights), dtype=dtype)
     wide = torch.zeros(sum(heights), 50, dtype=dtype)
-    reading.transpose(block, wide[:, 5:38].split(heights))
+    transpose(block, wide[:, 5:38].split(heights))
     assert same_bits(wide[:, 5:38], block.t())
     assert not wide[:, :5].any() and not wide[:, 38:].any()
 
@@ -54,7 +56,7 @@ def test_a_transpose_keeps_every_bit(dtype, heights):
 def test_a_transpose_casts(heights):
     block = torch.randn(33, sum(heights), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     target = torch.zeros(sum(heights), 33)
-    reading.transpose(block, target.split(heights))
+    transpose(block, target.split(heights))
     assert torch.equal(target, block.t().float())
 
 
@@ -66,12 +68,15 @@ def stored(tmp_path) -> tuple[StoredTensor, torch.Tensor]:
     return read_index([tmp_path / "f.safetensors"])["matrix"], matrix
 
 
-@pytest.mark.parametrize(("block_rows", "piece_bytes"), [(144, 8 << 20), (16, 640), (9, 100)])
+@pytest.mark.parametrize("largest_gap", [16 << 10, 0])
+@pytest.mark.parametrize(("block_bytes", "piece_bytes"), [(3 << 20, 8 << 20), (6400, 6400), (640, 640)])
 @pytest.mark.parametrize("reader", ["direct", "staged"])
-def test_blocks_of_any_size_give_the_same(stored, monkeypatch, reader, block_rows, piece_bytes):
+def test_blocks_of_any_size_give_the_same(stored, monkeypatch, reader, block_bytes, piece_bytes, largest_gap):
     place, matrix = stored
-    monkeypatch.setattr(reading, "BLOCK_ROWS", min(block_rows, piece_bytes // 4))
+    monkeypatch.setattr(reading, "BLOCK_ROWS", Range(32, 480))
+    monkeypatch.setattr(reading, "BLOCK_BYTES", block_bytes)
     monkeypatch.setattr(reading, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(reading, "LARGEST_GAP", largest_gap)
     if reader == "staged":
         monkeypatch.setattr(reading, "DirectReader", lambda files: reading.StagedReader(files, torch.device("cpu")))
     turned, rows = torch.zeros(30, 70, dtype=torch.bfloat16), torch.zeros(2, 20, 44, dtype=torch.bfloat16)
@@ -92,12 +97,40 @@ def test_blocks_of_any_size_give_the_same(stored, monkeypatch, reader, block_row
     )
 
 
+def test_a_call_that_comes_back_early_is_made_up_for(stored, monkeypatch):
+    place, matrix = stored
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, buffers[:5], offset))
+    turned = torch.zeros(30, 70, dtype=torch.bfloat16)
+    reading.read_groups([reading.transposed_pieces(place, 8, [turned])], lambda done, total: None)
+    assert same_bits(turned, matrix[:, 8:38].t())
+
+
+def test_parts_of_rows_are_read_by_few_calls(stored, monkeypatch):
+    place, _ = stored
+    calls: list[int] = []
+    preadv = os.preadv
+
+    def count(fd, buffers, offset):
+        calls.append(len(buffers))
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", count)
+    turned = torch.zeros(30, 70, dtype=torch.bfloat16)
+    reading.read_groups([reading.transposed_pieces(place, 8, [turned])], lambda done, total: None)
+    assert calls == [2 * 70 - 1]
+    assert 2 * reading.BLOCK_ROWS.stop <= os.sysconf("SC_IOV_MAX")
+
+
 def test_a_file_that_became_shorter_is_named(stored):
     place, _ = stored
     with place.path.open("r+b") as file:
         file.truncate(place.offset + 1000)
     with pytest.raises(UserError, match=r"f\.safetensors: ended before its last tensor; fetch it again"):
         reading.read_rows(place, Range(0, 70), torch.bfloat16)
+    columns = reading.transposed_pieces(place, 8, [torch.zeros(30, 70, dtype=torch.bfloat16)])
+    with pytest.raises(UserError, match=r"f\.safetensors: ended before its last tensor; fetch it again"):
+        reading.read_groups([columns], lambda done, total: None)
 
 
 @pytest.fixture(scope="module")
