@@ -31,27 +31,7 @@ def copy_to_host(
 
     On CUDA the host blocks are complete when the current stream has come this far.
     """
-    assert len(device_blocks) == len(host_blocks), (len(device_blocks), len(host_blocks))
-    copied_bytes = 0
-    pace = _Pace(device_pool.tensor.device)
-    for on_device, on_host in _rectangles(device_pool, host_pool):
-        block_bytes = on_host[:1].numel() * on_host.element_size()
-        if not is_cuda(on_device.device):
-            source = on_device.index_select(0, _index(device_blocks))
-            on_host.index_copy_(0, _index(host_blocks), source)
-        elif on_device[:1].is_contiguous():
-            for device_block, host_block in zip(device_blocks, host_blocks, strict=True):
-                on_host[host_block].copy_(on_device[device_block], non_blocking=True)
-                pace.count(block_bytes)
-        else:
-            for start, staging in _staged(on_device, len(device_blocks)):
-                batch = slice(start, start + len(staging))
-                torch.index_select(on_device, 0, _index(device_blocks[batch], on_device.device), out=staging)
-                for host_block, staged in zip(host_blocks[batch], staging, strict=True):
-                    on_host[host_block].copy_(staged, non_blocking=True)
-                    pace.count(block_bytes)
-        copied_bytes += len(host_blocks) * block_bytes
-    return copied_bytes
+    return _copy(device_pool, device_blocks, host_pool, host_blocks, to_host=True)
 
 
 def copy_to_device(
@@ -61,45 +41,60 @@ def copy_to_device(
 
     On CUDA the host blocks must stay as they are until the current stream has come this far.
     """
+    return _copy(device_pool, device_blocks, host_pool, host_blocks, to_host=False)
+
+
+def _copy(
+    device_pool: DeviceKVPool,
+    device_blocks: Sequence[int],
+    host_pool: HostKVPool,
+    host_blocks: Sequence[int],
+    to_host: bool,
+) -> int:
     assert len(device_blocks) == len(host_blocks), (len(device_blocks), len(host_blocks))
     copied_bytes = 0
-    pace = _Pace(device_pool.tensor.device)
+    bus = _Bus(device_pool.tensor.device, to_host)
     for on_device, on_host in _rectangles(device_pool, host_pool):
-        block_bytes = on_host[:1].numel() * on_host.element_size()
         if not is_cuda(on_device.device):
-            source = on_host.index_select(0, _index(host_blocks))
-            on_device.index_copy_(0, _index(device_blocks), source)
+            pair = ((on_device, _index(device_blocks)), (on_host, _index(host_blocks)))
+            (source, source_index), (target, target_index) = pair if to_host else pair[::-1]
+            target.index_copy_(0, target_index, source.index_select(0, source_index))
         elif on_device[:1].is_contiguous():
-            for host_block, device_block in zip(host_blocks, device_blocks, strict=True):
-                on_device[device_block].copy_(on_host[host_block], non_blocking=True)
-                pace.count(block_bytes)
+            for device_block, host_block in zip(device_blocks, host_blocks, strict=True):
+                bus.move(on_device[device_block], on_host[host_block])
         else:
             for start, staging in _staged(on_device, len(device_blocks)):
                 batch = slice(start, start + len(staging))
-                for host_block, staged in zip(host_blocks[batch], staging, strict=True):
-                    staged.copy_(on_host[host_block], non_blocking=True)
-                    pace.count(block_bytes)
-                on_device.index_copy_(0, _index(device_blocks[batch], on_device.device), staging)
-        copied_bytes += len(host_blocks) * block_bytes
+                index = _index(device_blocks[batch], on_device.device)
+                if to_host:
+                    torch.index_select(on_device, 0, index, out=staging)
+                for staged, host_block in zip(staging, host_blocks[batch], strict=True):
+                    bus.move(staged, on_host[host_block])
+                if not to_host:
+                    on_device.index_copy_(0, index, staging)
+        copied_bytes += len(host_blocks) * on_host[:1].numel() * on_host.element_size()
     return copied_bytes
 
 
-class _Pace:
-    """Keeps at most twice `_PACE_BYTES` of copies queued on the device: whoever queues more waits here.
+class _Bus:
+    """Queues copies between device and host, at most twice `_PACE_BYTES` ahead: whoever queues more waits here.
 
     A direction of the bus has one copy engine, which takes the copies of all streams in the order in which they were
     queued. So a decode step's indices, a few KB, had to wait for a whole sequence's KV that was queued before: on two
     H200 steps of 38 ms took 60 to 118 ms beside swaps.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, to_host: bool) -> None:
         self._device = device
+        self._to_host = to_host
         self._num_bytes = 0
         self._events: deque[Event] = deque()
 
-    def count(self, num_bytes: int) -> None:
-        """Count bytes that were queued just now."""
-        self._num_bytes += num_bytes
+    def move(self, on_device: torch.Tensor, on_host: torch.Tensor) -> None:
+        """Queue the copy of one block's part, contiguous on both sides."""
+        source, target = (on_device, on_host) if self._to_host else (on_host, on_device)
+        target.copy_(source, non_blocking=True)
+        self._num_bytes += target.numel() * target.element_size()
         if self._num_bytes < _PACE_BYTES:
             return
         self._num_bytes = 0
