@@ -72,6 +72,11 @@ class ModelShape:
         attention = (2 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim * self.hidden_size
         return attention + 3 * max(1, self.num_experts) * self.intermediate_size * self.hidden_size
 
+    @property
+    def pairs_per_token(self) -> int:
+        """The context length at which a token's attention costs as much as its linear layers."""
+        return max(1, self.layer_parameters // (2 * self.num_heads * self.head_dim))
+
     def kv_block_bytes(self, num_layers: int, num_kv_heads: int, block_size: int, dtype: str) -> int:
         """Bytes of one KV block of `block_size` tokens for that many layers and heads."""
         return num_layers * 2 * num_kv_heads * block_size * self.head_dim * DTYPE_BYTES[dtype]

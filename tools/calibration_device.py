@@ -18,16 +18,9 @@ from profile_layers import BLOCK_SIZE, Layers
 from seesaw_ds.layout import LayoutPair, ParallelLayout, Phase
 from seesaw_ds.model.attention.interface import AttentionBackend
 from seesaw_ds.model.attention.torch_backend import TorchAttention
-from seesaw_ds.model.backends import choose_backends
-from seesaw_ds.model.build import build_stages, load_arena
-from seesaw_ds.model.weights import DummySource, cell_tensors
 from seesaw_ds.parallel import device as devices
-from seesaw_ds.parallel.all_reduce import AllReduce, BackendAllReduce
-from seesaw_ds.parallel.groups import ParallelState
 from seesaw_ds.plan.cost import CostModel
 from seesaw_ds.plan.hardware import HardwareProfile
-from seesaw_ds.reshard.arena import WeightArena
-from seesaw_ds.reshard.plan import plan_reshard
 from seesaw_ds.shapes import ModelShape
 
 MIB = 1 << 20
@@ -213,24 +206,8 @@ class ReplicaLayers(Layers):
     """A few decoder layers of the engine on every rank by itself; no all-reduce."""
 
     def __init__(self, shape: ModelShape, num_blocks: int, device: torch.device) -> None:
-        dtype = getattr(torch, shape.dtype)
         layouts = LayoutPair.parse(f"D{dist.get_world_size()}")
-        state = ParallelState(layouts)
-        backends = choose_backends(shape, BLOCK_SIZE, dtype, device)
-        plan = plan_reshard(layouts, shape.num_layers)
-        arena = WeightArena(cell_tensors(shape, 1), plan.num_slots[0], dtype, device)
-        source = DummySource(shape, dtype, device, seed=0)
-        load_arena(arena, plan, 0, source, None, lambda done, total: None)
-        reduces: dict[Phase, AllReduce] = {phase: BackendAllReduce(state[phase].tp) for phase in Phase}
-        stages = build_stages(shape, layouts, state, plan, arena, 0, source, backends.ops, reduces, dtype, device)
-        self.stage = stages[Phase.PREFILL]
-        self.shape, self.device, self.dtype = shape, device, dtype
-        self.has_graphs = backends.has_graphs
-        self.make_attention = backends.make_attention
-        self.num_blocks = num_blocks
-        size = (num_blocks, shape.num_layers, 2, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
-        pool = torch.randn(size, dtype=dtype, device=device)
-        self.kv_caches = [pool[:, layer] for layer in range(shape.num_layers)]
+        super().__init__(shape, num_blocks, device, getattr(torch, shape.dtype), layouts)
 
     def prefill_seconds(self, num_tokens: int) -> tuple[float, float]:
         """One layer's time for one whole prompt, and that of its attention alone."""

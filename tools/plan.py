@@ -20,9 +20,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from seesaw_ds.config import RunConfig
+from seesaw_ds.engine.hardware import PROFILES, find_hardware
 from seesaw_ds.errors import UserError
 from seesaw_ds.layout import LayoutPair
-from seesaw_ds.plan.hardware import HardwareProfile, load_hardware
 from seesaw_ds.plan.planner import make_plan
 from seesaw_ds.plan.report import plan_json, plan_table
 from seesaw_ds.plan.sensitivity import Curves, bandwidth_curves, output_ratio_curves
@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes = sorted(path.stem for path in (ROOT / "configs" / "models").glob("*.json"))
-    profiles = sorted(path.stem for path in (ROOT / "configs" / "hardware").glob("*.yaml"))
+    profiles = sorted(path.stem for path in PROFILES.glob("*.yaml"))
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--model-shape", choices=shapes, help="sizes of a known model")
     model.add_argument("--model", type=Path, help="Hugging Face folder")
@@ -60,12 +60,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="JSON instead of the table")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw throughput against length and bandwidth")
     return parser.parse_args()
-
-
-def find_hardware(name: str) -> HardwareProfile:
-    """The named profile, or the file of that path."""
-    path = ROOT / "configs" / "hardware" / f"{name}.yaml"
-    return load_hardware(path if path.is_file() else Path(name))
 
 
 def input_lengths(path: Path, folder: Path, shape: ModelShape) -> list[RequestLength]:

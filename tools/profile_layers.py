@@ -66,11 +66,11 @@ def shard_shape(name: str, tp: int, num_layers: int) -> ModelShape:
 
 
 class Layers:
-    """A stage of a few layers with a KV pool, on this process's device."""
+    """A stage of a few layers with a KV pool, on this process's device. `layouts` has one rank a replica."""
 
-    def __init__(self, shape: ModelShape, num_blocks: int, device: torch.device) -> None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        layouts = LayoutPair.parse("T1")
+    def __init__(
+        self, shape: ModelShape, num_blocks: int, device: torch.device, dtype: torch.dtype, layouts: LayoutPair
+    ) -> None:
         state = ParallelState(layouts)
         backends = choose_backends(shape, BLOCK_SIZE, dtype, device)
         plan = plan_reshard(layouts, shape.num_layers)
@@ -80,7 +80,7 @@ class Layers:
         reduces: dict[Phase, AllReduce] = {phase: BackendAllReduce(state[phase].tp) for phase in Phase}
         stages = build_stages(shape, layouts, state, plan, arena, 0, source, backends.ops, reduces, dtype, device)
         self.stage: DecoderStage = stages[Phase.PREFILL]
-        self.shape, self.device, self.dtype = shape, device, dtype
+        self.shape, self.device, self.dtype, self.num_blocks = shape, device, dtype, num_blocks
         self.has_graphs = backends.has_graphs
         self.make_attention = backends.make_attention
         size = (num_blocks, shape.num_layers, 2, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
@@ -160,7 +160,8 @@ def main() -> int:
     shape = shard_shape(arguments.model_shape, tp, num_layers)
     most = max([*arguments.decode_rows, 1]) * (arguments.context_len + BLOCK_SIZE)
     most = max(most, *arguments.prefill_tokens, 1)
-    layers = Layers(shape, 2 * -(-most // BLOCK_SIZE), device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    layers = Layers(shape, 2 * -(-most // BLOCK_SIZE), device, dtype, LayoutPair.parse("T1"))
     weights_ms = shape.layer_parameters * layers.dtype.itemsize / 4.3e12 * 1e3
     print(f"{arguments.model_shape}, one of {tp} tensor-parallel ranks, {num_layers} layers, times a layer")
     with torch.inference_mode():

@@ -99,9 +99,7 @@ class SchedulerProcess:
             is_static=self._layouts.is_static,
         )
         shape = model_shape(read_hf_config(self._config.model))
-        # Where a token's attention costs as much as its share of the matrices.
-        pairs_per_token = max(1, shape.layer_parameters // (2 * shape.num_heads * shape.head_dim))
-        scheduler = Scheduler(limits, pairs_per_token, self._config.expected_output_tokens)
+        scheduler = Scheduler(limits, shape.pairs_per_token, self._config.expected_output_tokens)
         self._core = EngineCore(scheduler, len(self._commands), self._to_workers)
         self._to_frontend(wire.SchedulerReady(num_gpu_blocks, first.num_host_blocks))
 

@@ -21,11 +21,8 @@ from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.transfers import reshard_seconds
 from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.sched.output import SchedulerLimits
+from seesaw_ds.sched.packing import LEAST_PROMPT_SHARE, MICRO_BATCH_OVERHEAD_TOKENS
 from seesaw_ds.shapes import ModelShape
-
-# As the scheduler cuts micro-batches: none is smaller for want of work, and rows leave prompts one part in so many.
-_LEAST_MICRO_BATCH_TOKENS = 256
-_LEAST_PROMPT_SHARE = 4
 
 
 class InputTotals(NamedTuple):
@@ -134,28 +131,28 @@ def _prompt_tokens(limits: SchedulerLimits, work: _Work) -> float:
     """Tokens of a micro-batch without rows: a phase with little work has smaller ones, as the scheduler cuts them."""
     if limits.prefill_stages == 1:
         return float(limits.max_num_batched_tokens)
-    best = math.sqrt(work.input_tokens * _LEAST_MICRO_BATCH_TOKENS / (limits.prefill_stages - 1))
-    return min(limits.max_num_batched_tokens, max(_LEAST_MICRO_BATCH_TOKENS, best / 2))
+    best = math.sqrt(work.input_tokens * MICRO_BATCH_OVERHEAD_TOKENS / (limits.prefill_stages - 1))
+    return min(limits.max_num_batched_tokens, max(MICRO_BATCH_OVERHEAD_TOKENS, best / 2))
 
 
 def _most_riding_rows(limits: SchedulerLimits, work: _Work, group: float) -> float:
     """Rows that ride when each micro-batch has a whole group of `group` rows and prompts fill the rest of it."""
     num_tokens = _prompt_tokens(limits, work)
-    prompt_tokens = max(num_tokens - group, num_tokens / _LEAST_PROMPT_SHARE)
+    prompt_tokens = max(num_tokens - group, num_tokens / LEAST_PROMPT_SHARE)
     return min(work.num_rows, (work.input_tokens / prompt_tokens + limits.prefill_stages) * group)
 
 
 def _prefill_seconds(cost: CostModel, limits: SchedulerLimits, work: _Work, riding: float) -> float:
     """All prompts and `riding` rows through the slowest stage, in equal micro-batches of the best size allowed."""
     sizes = [limits.max_num_batched_tokens]
-    while sizes[-1] >= 2 * _LEAST_MICRO_BATCH_TOKENS:
+    while sizes[-1] >= 2 * MICRO_BATCH_OVERHEAD_TOKENS:
         sizes.append(sizes[-1] // 2)
     return min(_seconds_in_batches(cost, size, work, riding) for size in sizes)
 
 
 def _seconds_in_batches(cost: CostModel, size: int, work: _Work, riding: float) -> float:
     num_tokens = work.input_tokens + riding
-    num_batches = max(1.0, min(num_tokens / size, work.input_tokens * _LEAST_PROMPT_SHARE / size))
+    num_batches = max(1.0, min(num_tokens / size, work.input_tokens * LEAST_PROMPT_SHARE / size))
     step = StepWork(
         num_tokens=int(num_tokens / num_batches),
         prefill_pairs=int(work.attention_pairs / num_batches),

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from seesaw_ds.config import RunConfig, dtype_name, max_model_len
 from seesaw_ds.errors import UserError
 from seesaw_ds.layout import Phase
+from seesaw_ds.sched.blocks import blocks_for
+from seesaw_ds.sched.packing import LEAST_PROMPT_SHARE
 from seesaw_ds.shapes import DTYPE_BYTES, ModelShape
 
 GIB = 1 << 30
@@ -36,15 +38,10 @@ class PoolSizes:
     device: DeviceMemory
 
 
-def blocks_for(num_tokens: int, block_size: int) -> int:
-    """Blocks that hold `num_tokens`."""
-    return -(-num_tokens // block_size)
-
-
 def most_step_tokens(run: RunConfig) -> int:
     """The most tokens of a prefill micro-batch with its decode rows, which leave prompts a quarter of it at least."""
     rows = -(-run.max_num_seqs // run.layout_pair.prefill.pp) if run.mixed_steps else 0
-    return max(run.max_num_batched_tokens, rows + run.max_num_batched_tokens // 4)
+    return max(run.max_num_batched_tokens, rows + run.max_num_batched_tokens // LEAST_PROMPT_SHARE)
 
 
 def size_pools(run: RunConfig, shape: ModelShape, device_bytes: int) -> PoolSizes:

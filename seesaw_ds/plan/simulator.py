@@ -50,11 +50,6 @@ from seesaw_ds.sched.scheduler import Scheduler
 from seesaw_ds.shapes import ModelShape
 
 
-def pairs_per_token(shape: ModelShape) -> int:
-    """The context length at which a token's attention costs as much as its linear layers; the scheduler's weight."""
-    return max(1, shape.layer_parameters // (2 * shape.num_heads * shape.head_dim))
-
-
 class _Replica:
     """One replica's devices: when each is free, and what will be answered when."""
 
@@ -73,7 +68,7 @@ class _Replica:
             block_size=limits.block_size // unit,
             max_num_batched_tokens=limits.max_num_batched_tokens // unit * self._rounds,
         )
-        self.scheduler = Scheduler(unit_limits, max(1, pairs_per_token(shape) // unit))
+        self.scheduler = Scheduler(unit_limits, max(1, shape.pairs_per_token // unit))
         self.events: list[tuple[float, int, Event]] = []
         self.end = 0.0
         self.phase_seconds = dict.fromkeys(Phase, 0.0)

@@ -16,6 +16,11 @@ from __future__ import annotations
 
 import math
 
+MICRO_BATCH_OVERHEAD_TOKENS = 256
+"""Reading the weights and launching a micro-batch takes about as long as computing this many tokens."""
+LEAST_PROMPT_SHARE = 4
+"""However many decode rows ride in a micro-batch, its prompts have this part of its tokens and cost: one in so many."""
+
 
 def chunk_cost(start: int, num_tokens: int, pairs_per_token: int) -> int:
     """The cost of prompt tokens ``start .. start + num_tokens``, in attention pairs."""

@@ -7,15 +7,16 @@ from collections import OrderedDict
 from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.sched.decode import DecodeGroups
 from seesaw_ds.sched.output import PrefillBatch, PrefillChunk, SchedulerLimits
-from seesaw_ds.sched.packing import MicroBatchRoom, chunk_cost, micro_batch_cost
+from seesaw_ds.sched.packing import (
+    LEAST_PROMPT_SHARE,
+    MICRO_BATCH_OVERHEAD_TOKENS,
+    MicroBatchRoom,
+    chunk_cost,
+    micro_batch_cost,
+)
 from seesaw_ds.sched.pools import KvPools
 from seesaw_ds.sched.residency import Residency
 from seesaw_ds.sched.sequence import Sequence, SequenceState
-
-# Reading the weights and launching a micro-batch takes about as long as computing this many tokens.
-_MICRO_BATCH_OVERHEAD_TOKENS = 256
-# However many decode rows ride in a micro-batch, its prompts have this part of its tokens and of its cost.
-_LEAST_PROMPT_SHARE = 4
 
 
 class PrefillQueue:
@@ -202,8 +203,8 @@ class PrefillQueue:
         """The budgets of a micro-batch's prompts when `num_rows` decode rows ride in it."""
         most_tokens, most_cost = self._limits.max_num_batched_tokens, self._cost_limit()
         return MicroBatchRoom(
-            max(most_tokens - num_rows, most_tokens // _LEAST_PROMPT_SHARE, 1),
-            max(most_cost - num_rows * self._pairs_per_token, most_cost // _LEAST_PROMPT_SHARE),
+            max(most_tokens - num_rows, most_tokens // LEAST_PROMPT_SHARE, 1),
+            max(most_cost - num_rows * self._pairs_per_token, most_cost // LEAST_PROMPT_SHARE),
             self._pairs_per_token,
         )
 
@@ -221,7 +222,7 @@ class PrefillQueue:
         return micro_batch_cost(
             work,
             self._limits.prefill_stages,
-            overhead=_MICRO_BATCH_OVERHEAD_TOKENS * self._pairs_per_token,
+            overhead=MICRO_BATCH_OVERHEAD_TOKENS * self._pairs_per_token,
             full_cost=full_cost,
         )
 

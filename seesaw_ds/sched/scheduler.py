@@ -67,7 +67,6 @@ class Scheduler:
         self._decode = DecodeGroups(limits, self._pools)
         self._prefill = PrefillQueue(limits, self._pools, self._residency, self._decode, pairs_per_token)
         self._to_activate: deque[Sequence] = deque()
-        self._input_closed = False
         self._is_switching = False
         self._num_added = 0
         self._num_steps = 0
@@ -81,7 +80,7 @@ class Scheduler:
 
         Raises ValueError when it could never run with these pools, RuntimeError after `close_input`.
         """
-        if self._input_closed:
+        if self._prefill.is_input_closed:
             raise RuntimeError(f"seq_id={spec.seq_id}: the input is closed")
         if spec.seq_id in self._prefill or spec.seq_id in self._pools.owners:
             raise ValueError(f"seq_id={spec.seq_id}: already scheduled; give each sequence an id of its own")
@@ -91,7 +90,6 @@ class Scheduler:
 
     def close_input(self) -> None:
         """No sequence will be added any more."""
-        self._input_closed = True
         self._prefill.is_input_closed = True
 
     def abort(self, seq_id: int) -> None:
@@ -110,13 +108,13 @@ class Scheduler:
         limits = self.limits
         look_ahead = blocks_for(limits.max_num_batched_tokens, limits.block_size)
         room = limits.num_gpu_blocks + limits.num_host_blocks + look_ahead
-        return not self._input_closed and self._prefill.waiting_blocks < room
+        return not self._prefill.is_input_closed and self._prefill.waiting_blocks < room
 
     @property
     def is_done(self) -> bool:
         """Whether the input is closed, every sequence has ended and nothing is in flight."""
         idle = not self._is_switching and not self._pools.owners
-        return self._input_closed and idle and self._prefill.num_waiting == 0
+        return self._prefill.is_input_closed and idle and self._prefill.num_waiting == 0
 
     def _check_size(self, spec: SequenceSpec) -> None:
         if spec.num_prompt_tokens < 1 or spec.max_tokens < 1:
@@ -147,7 +145,7 @@ class Scheduler:
             return None
         # Nothing is in transit while the phase is decode.
         margin = self._prefill.transit_margin if self.phase is Phase.PREFILL else 0
-        if self._input_closed and self._prefill.num_waiting == 0:
+        if self._prefill.is_input_closed and self._prefill.num_waiting == 0:
             self._residency.start_end_game()
             self._mark_yielder()
         if (swap_in := self._residency.next_swap_in(margin)) is not None:
@@ -198,7 +196,7 @@ class Scheduler:
             return None
         if self._prefill.head is not None:
             return None if self._is_in_flux() else self._switch(Phase.DECODE, TransitionReason.HOST_FULL)
-        return self._switch(Phase.DECODE, TransitionReason.NO_PROMPT_LEFT) if self._input_closed else None
+        return self._switch(Phase.DECODE, TransitionReason.NO_PROMPT_LEFT) if self._prefill.is_input_closed else None
 
     def _next_decode(self) -> DecodeBatch | SwitchPhase | None:
         if self._pools.host.num_used == 0 and self._can_prefill():

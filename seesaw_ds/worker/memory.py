@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 from seesaw_ds.config import RunConfig
 from seesaw_ds.errors import UserError
-from seesaw_ds.plan.memory import GIB, blocks_for
+from seesaw_ds.plan.memory import GIB
 from seesaw_ds.reshard.arena import WeightArena
+from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.shapes import ModelShape
 
 logger = logging.getLogger(__name__)

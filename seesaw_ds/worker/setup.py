@@ -34,11 +34,12 @@ from seesaw_ds.parallel.groups import ParallelState
 from seesaw_ds.parallel.links import PipelineLink
 from seesaw_ds.parallel.shared_memory import share_mapping
 from seesaw_ds.parallel.transport import BackendTransport, Transport, choose_transport
-from seesaw_ds.plan.memory import PoolSizes, blocks_for, size_pools
+from seesaw_ds.plan.memory import PoolSizes, size_pools
 from seesaw_ds.reshard.arena import WeightArena
 from seesaw_ds.reshard.exchange import ExchangeReshard
 from seesaw_ds.reshard.host import HostReshard, HostWeights
 from seesaw_ds.reshard.plan import WeightReshard, plan_reshard
+from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
 from seesaw_ds.worker.decode import DecodeRunner
 from seesaw_ds.worker.graphs import EagerExecutor, GraphExecutor

@@ -6,8 +6,9 @@ import torch
 
 from seesaw_ds.config import RunConfig
 from seesaw_ds.engine.messages import Prefill
-from seesaw_ds.plan.memory import blocks_for, most_step_tokens
+from seesaw_ds.plan.memory import most_step_tokens
 from seesaw_ds.requests import SamplingParams, SequenceRequest
+from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.sched.output import PrefillChunk
 from seesaw_ds.shapes import ModelShape
 from seesaw_ds.worker.prefill import PrefillRunner

@@ -140,11 +140,12 @@ class Run:
 
 
 def _is_probe(path: Path) -> bool:
-    """Whether `path` is how Python's tempfile tries a folder out: it writes a word and removes the file at once.
+    """Whether `path` is how Python's tempfile tries a folder out: a bare random name, a word in it, removed at once.
 
     A process that is killed just between the two leaves it behind.
     """
-    return path.is_file() and path.read_bytes() in (b"", b"blat")
+    is_named_so = re.fullmatch("[a-z0-9_]{8}", path.name) is not None
+    return is_named_so and path.is_file() and path.read_bytes() in (b"", b"blat")
 
 
 StartRun = Callable[..., Run]

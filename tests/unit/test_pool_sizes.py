@@ -8,7 +8,8 @@ import pytest
 
 from seesaw_ds.config import RunConfig
 from seesaw_ds.errors import UserError
-from seesaw_ds.plan.memory import GIB, blocks_for, kv_block_bytes, most_step_tokens, size_pools
+from seesaw_ds.plan.memory import GIB, kv_block_bytes, most_step_tokens, size_pools
+from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.shapes import ModelShape
 
 SHAPE = ModelShape(

@@ -373,7 +373,7 @@ class TestRiding:
 
     def test_prompts_keep_a_quarter_of_the_cost(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A phase with little work has small micro-batches, here of sqrt(520 x 4) = 45 tokens; rows are 60."""
-        monkeypatch.setattr("seesaw_ds.sched.prefill._MICRO_BATCH_OVERHEAD_TOKENS", 4)
+        monkeypatch.setattr("seesaw_ds.sched.prefill.MICRO_BATCH_OVERHEAD_TOKENS", 4)
         scheduler, in_flight = self.start(120, prefill_stages=2)
         batch = self.follow(scheduler, in_flight, 6)[-1]
         assert (len(batch.rows), num_tokens_of(batch)) == (60, 11)
