@@ -57,7 +57,15 @@ def chunk_work(start: int, num_tokens: int, is_last: bool) -> StepWork:
 
 def add_work(*parts: StepWork) -> StepWork:
     """The work of all parts in one micro-batch."""
-    return StepWork(*(sum(column) for column in zip(*parts, strict=True))) if parts else StepWork()
+    return StepWork(*map(sum, zip(*parts, strict=True)))
+
+
+class _TokenSeconds(NamedTuple):
+    """Seconds of one layer on one device that depend on the number of tokens alone."""
+
+    linear: float
+    element: float
+    all_reduce: float
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,34 @@ class CostModel:
     def _bandwidth(self) -> float:
         return self.hardware.memory_bandwidth * self.hardware.memory_efficiency
 
+    @cached_property
+    def _attention_flops(self) -> float:
+        return self._flops * self.hardware.attention_efficiency
+
+    @cached_property
+    def _pair_flops(self) -> float:
+        """Of one (query, key) pair in one layer on one device."""
+        return 4 * self.shape.num_heads * self.shape.head_dim / self.layout.tp
+
+    @cached_property
+    def _layer_kv_bytes(self) -> float:
+        """Of one token in one layer on one device."""
+        return 2 * self.shape.num_kv_heads * self.shape.head_dim * self.itemsize / self.layout.tp
+
+    @cached_property
+    def _layer_parameters(self) -> float:
+        return self.shape.layer_parameters / self.layout.tp
+
+    # A simulation asks for the same few numbers of tokens and rows over and over.
+
+    @cached_property
+    def _seconds_by_tokens(self) -> dict[int, _TokenSeconds]:
+        return {}
+
+    @cached_property
+    def _head_by_rows(self) -> dict[int, float]:
+        return {}
+
     def linear_seconds(self, parameters: float, num_tokens: int) -> float:
         """One pass of `num_tokens` through `parameters` weights, which one device holds."""
         if self.hardware.linear is not None and self.dtype in self.hardware.linear:
@@ -121,16 +157,13 @@ class CostModel:
 
     def attention_seconds(self, work: StepWork) -> float:
         """Attention of one layer on one device: prefill chunks and decode rows are kernels of their own."""
-        shape, tp = self.shape, self.layout.tp
-        kv_bytes = 2 * shape.num_kv_heads * shape.head_dim * self.itemsize / tp
-        pair_flops = 4 * shape.num_heads * shape.head_dim / tp
         seconds = 0.0
         if work.prefill_pairs:
-            compute = work.prefill_pairs * pair_flops / (self._flops * self.hardware.attention_efficiency)
-            seconds += max(compute, work.prefill_context * kv_bytes / self._bandwidth)
+            compute = work.prefill_pairs * self._pair_flops / self._attention_flops
+            seconds += max(compute, work.prefill_context * self._layer_kv_bytes / self._bandwidth)
         if work.decode_context:
-            compute = work.decode_context * pair_flops / (self._flops * self.hardware.attention_efficiency)
-            seconds += max(compute, work.decode_context * kv_bytes / self._kv_bandwidth)
+            compute = work.decode_context * self._pair_flops / self._attention_flops
+            seconds += max(compute, work.decode_context * self._layer_kv_bytes / self._kv_bandwidth)
         return seconds
 
     def element_bytes(self, num_tokens: int) -> float:
@@ -142,18 +175,29 @@ class CostModel:
 
     def layer_seconds(self, work: StepWork) -> float:
         """One decoder layer, its two all-reduces included."""
-        shape, tp = self.shape, self.layout.tp
-        linear = self.linear_seconds(shape.layer_parameters / tp, work.num_tokens)
-        element = self.element_bytes(work.num_tokens) / self._element_bandwidth
-        message = work.num_tokens * shape.hidden_size * self.itemsize
-        reduce = 2 * self.hardware.all_reduce_seconds(message, tp)
-        return linear + self.attention_seconds(work) + element + reduce + self.hardware.layer_seconds
+        seconds = self._seconds_by_tokens.get(work.num_tokens)
+        if seconds is None:
+            seconds = self._seconds_by_tokens[work.num_tokens] = self._token_seconds(work.num_tokens)
+        attention = self.attention_seconds(work)
+        return seconds.linear + attention + seconds.element + seconds.all_reduce + self.hardware.layer_seconds
+
+    def _token_seconds(self, num_tokens: int) -> _TokenSeconds:
+        message = num_tokens * self.shape.hidden_size * self.itemsize
+        return _TokenSeconds(
+            self.linear_seconds(self._layer_parameters, num_tokens),
+            self.element_bytes(num_tokens) / self._element_bandwidth,
+            2 * self.hardware.all_reduce_seconds(message, self.layout.tp),
+        )
 
     def head_seconds(self, num_rows: int) -> float:
         """The LM head for `num_rows` tokens, on the last stage."""
         if num_rows == 0:
             return 0.0
-        return self.linear_seconds(self.shape.vocab_size * self.shape.hidden_size / self.layout.tp, num_rows)
+        seconds = self._head_by_rows.get(num_rows)
+        if seconds is None:
+            parameters = self.shape.vocab_size * self.shape.hidden_size / self.layout.tp
+            seconds = self._head_by_rows[num_rows] = self.linear_seconds(parameters, num_rows)
+        return seconds
 
     def stage_seconds(self, work: StepWork) -> list[float]:
         """Each stage's seconds for the micro-batch; the last one's with the LM head."""

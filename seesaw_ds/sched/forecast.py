@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
-
-class Resident(NamedTuple):
-    """A sequence on the GPU: the tokens it may still produce, the blocks it holds, and those it may add."""
-
-    num_remaining_tokens: int
-    num_held_blocks: int
-    num_growth_blocks: int
+Resident = tuple[int, int, int]
+"""A sequence on the GPU: the tokens it may still produce, the blocks it holds, and those it may add."""
 
 
 class LengthForecast:
@@ -42,8 +36,8 @@ class LengthForecast:
         self._num_stopped += 1
 
 
-def expected_peak(residents: list[Resident], block_size: int, mean_tokens: float) -> float:
-    """The most GPU blocks that `residents` are expected to hold together while they run to their ends.
+def stay_within(num_blocks: int, residents: list[Resident], block_size: int, mean_tokens: float) -> bool:
+    """Whether `residents` are expected to hold no more than `num_blocks` GPU blocks at any time until all have ended.
 
     They are sorted, so that the shortest-lived come first. After t more steps a share
     ``exp(-t / mean_tokens)`` of those with t tokens left has not stopped, and each has grown by t / block_size
@@ -52,15 +46,22 @@ def expected_peak(residents: list[Resident], block_size: int, mean_tokens: float
     ``t = mean_tokens - H * block_size / k``, or at the end nearest to it of the time in which those k are left.
     Rounding to whole blocks is left out, but together they add no more blocks than each may.
     """
-    peak = 0.0
-    total_held = 0
-    total_growth = 0
-    next_ends = [0, *(resident.num_remaining_tokens for resident in residents)]
+    num_held = 0
+    num_growth = 0
+    num_residents = len(residents)
     for k, (remaining, held, growth) in enumerate(reversed(residents), start=1):
-        total_held += held
-        total_growth += growth
-        t = min(max(mean_tokens - total_held * block_size / k, next_ends[-k - 1]), remaining)
-        num_blocks = total_held + min(k * t / block_size, total_growth)
-        if num_blocks > peak:
-            peak = max(peak, math.exp(-t / mean_tokens) * num_blocks)
-    return peak
+        num_held += held
+        num_growth += growth
+        if num_held + num_growth <= num_blocks:
+            continue
+        t = mean_tokens - num_held * block_size / k
+        next_end = residents[-k - 1][0] if k < num_residents else 0
+        if t < next_end:
+            t = next_end
+        if t > remaining:
+            t = remaining
+        grown = k * t / block_size
+        expected = num_held + (grown if grown < num_growth else num_growth)
+        if expected > num_blocks and math.exp(-t / mean_tokens) * expected > num_blocks:
+            return False
+    return True

@@ -7,7 +7,10 @@ from collections.abc import Callable, Collection
 from seesaw_ds.sched.blocks import BlockPool, blocks_for
 from seesaw_ds.sched.output import Activate, Evict, SchedulerLimits, SwapIn
 from seesaw_ds.sched.reserve import Reserve
-from seesaw_ds.sched.sequence import Sequence
+from seesaw_ds.sched.sequence import Sequence, SequenceState
+
+# States in which a sequence with a slot is a resident.
+_RESIDENT = (SequenceState.PREFILLING, SequenceState.SWAPPING_IN, SequenceState.RUNNING)
 
 
 class KvPools:
@@ -15,7 +18,8 @@ class KvPools:
 
     `admit` makes a sequence an owner; `release` ends it. In between, `retire` takes a sequence that ended out of
     the reserve rule while something in flight still uses its blocks. `slot_holders` are the owners with a slot, by id:
-    few, where owners may be many thousands. `num_transit_blocks` are GPU blocks of prompts that do not stay there.
+    few, where owners may be many thousands. `residents` are those of them on the GPU to stay, or on their way there.
+    `num_transit_blocks` are GPU blocks of prompts that do not stay there.
     """
 
     def __init__(self, limits: SchedulerLimits) -> None:
@@ -25,6 +29,7 @@ class KvPools:
         self.reserve = Reserve(limits.num_gpu_blocks + limits.num_host_blocks)
         self.owners: dict[int, Sequence] = {}
         self.slot_holders: dict[int, Sequence] = {}
+        self.residents: dict[int, Sequence] = {}
         self.num_transit_blocks = 0
 
     def admit(self, seq: Sequence, stays: bool) -> None:
@@ -70,6 +75,7 @@ class KvPools:
         assert seq.slot is not None
         assert len(seq.gpu_blocks) == blocks_for(seq.num_stored_tokens, seq.block_size)
         seq.host_blocks = self.host.allocate(len(seq.gpu_blocks))
+        del self.residents[seq.seq_id]
         return Evict(seq.seq_id, seq.slot, tuple(seq.gpu_blocks), seq.host_blocks)
 
     def finish_evict(self, seq: Sequence) -> None:
@@ -88,6 +94,7 @@ class KvPools:
     def retire(self, seq: Sequence) -> None:
         """Count the blocks of a sequence that ended as free in the reserve rule."""
         self.reserve.remove(seq.seq_id)
+        self.residents.pop(seq.seq_id, None)
 
     def release(self, seq: Sequence) -> None:
         """Return everything that a retired sequence still owns."""
@@ -103,6 +110,7 @@ class KvPools:
         (slot,) = self.slots.allocate(1)
         seq.slot = slot
         self.slot_holders[seq.seq_id] = seq
+        self.residents[seq.seq_id] = seq
         return slot
 
     def _return_slot(self, seq: Sequence) -> None:
@@ -122,6 +130,9 @@ class KvPools:
         self._check_owned(self.slots, lambda seq: () if seq.slot is None else (seq.slot,))
         if any(seq.slot is None for seq in self.slot_holders.values()) or len(self.slot_holders) != self.slots.num_used:
             raise RuntimeError(f"slot pool: {self.slots.num_used} used != {len(self.slot_holders)} listed holders")
+        staying = {seq_id for seq_id, seq in self.slot_holders.items() if seq.state in _RESIDENT}
+        if staying != self.residents.keys():
+            raise RuntimeError(f"slot pool: {sorted(staying)} stay on the GPU != {sorted(self.residents)} listed")
         transit = sum(seq.prompt_blocks for seq in self.owners.values() if not seq.stays and not seq.is_swapped_out)
         if transit != self.num_transit_blocks:
             raise RuntimeError(f"GPU pool: {transit} blocks in transit != counted {self.num_transit_blocks}")

@@ -8,16 +8,13 @@ the GPU pool, and one free block is left for each that may still grow.
 from __future__ import annotations
 
 import heapq
-from bisect import insort
 from collections.abc import Iterable
+from operator import attrgetter, lt, sub
 
-from seesaw_ds.sched.forecast import LengthForecast, Resident, expected_peak
+from seesaw_ds.sched.forecast import LengthForecast, Resident, stay_within
 from seesaw_ds.sched.output import SwapIn
 from seesaw_ds.sched.pools import KvPools
 from seesaw_ds.sched.sequence import Sequence, SequenceState
-
-# States in which a sequence with a slot is on the GPU to stay, or on its way there.
-_RESIDENT = (SequenceState.PREFILLING, SequenceState.SWAPPING_IN, SequenceState.RUNNING)
 
 # Moving a sequence out and another in takes less than a decode step or two, so that this is seldom enough.
 _YIELD_TOKENS = 128
@@ -34,7 +31,9 @@ class Residency:
         self._on_host: dict[int, Sequence] = {}
         self._is_end_game = False
         self._is_blocked = False
-        self._residents: list[Resident] | None = None  # sorted; built anew after each event
+        # As first asked for since an event, and the sequence and margin refused last since then.
+        self._residents: _Residents | None = None
+        self._refusal: tuple[int, int] | None = None
 
     def push(self, seq: Sequence) -> None:
         """Queue a sequence whose KV is on the host."""
@@ -56,29 +55,29 @@ class Residency:
 
     def notice_event(self) -> None:
         """Note that sequences have moved or grown."""
-        self._residents = None
+        self._residents = self._refusal = None
 
     def notice_room(self) -> None:
         """Look again after a refusal: a sequence ended or gave its blocks back, or there is one prompt less."""
         self._is_blocked = False
-        self._residents = None
+        self._residents = self._refusal = None
 
     def accepts(self, seq: Sequence, transit_blocks: int) -> bool:
         """Whether `seq`, a prompt or on the host, may have a slot and GPU blocks now.
 
         `transit_blocks` are kept free for prompts on their way to the host.
         """
+        if self._refusal == (seq.seq_id, transit_blocks):
+            return False
         pools = self._pools
         num_blocks = len(seq.host_blocks) or seq.prompt_blocks
-        if pools.slots.num_free == 0 or pools.gpu.num_free < num_blocks:
-            return False
-        if self._residents is None:
-            self._residents = sorted(
-                _resident(holder) for holder in pools.slot_holders.values() if holder.state in _RESIDENT
-            )
-        residents = self._residents.copy()
-        insort(residents, _resident(seq))
-        return len(residents) == 1 or self._fits(residents, pools.gpu.num_blocks - transit_blocks)
+        if pools.slots.num_free > 0 and pools.gpu.num_free >= num_blocks:
+            if self._residents is None:
+                self._residents = _Residents(pools.residents.values())
+            if self._fits(seq, num_blocks, self._residents, pools.gpu.num_blocks - transit_blocks):
+                return True
+        self._refusal = (seq.seq_id, transit_blocks)
+        return False
 
     def next_swap_in(self, transit_blocks: int) -> SwapIn | None:
         """Start the way to the GPU of the first in the queue, if there is room."""
@@ -103,6 +102,8 @@ class Residency:
         if not self._on_host or not self._is_blocked:
             return None
         longest = self._tokens_to_go(self._first())
+        if longest <= 2 * _YIELD_TOKENS:
+            return None
         ahead = [
             seq
             for seq in running
@@ -122,15 +123,33 @@ class Residency:
     def _tokens_to_go(self, seq: Sequence) -> float:
         return min(seq.spec.max_tokens - seq.num_output_tokens, self._forecast.mean_tokens)
 
-    def _fits(self, residents: list[Resident], num_blocks: int) -> bool:
-        margin = sum(resident.num_growth_blocks > 0 for resident in residents)
-        return (
-            sum(resident.num_held_blocks for resident in residents) + margin <= num_blocks
-            and expected_peak(residents, self._block_size, self._forecast.mean_tokens) <= num_blocks
-        )
+    def _fits(self, seq: Sequence, num_held: int, others: _Residents, num_blocks: int) -> bool:
+        """Whether `seq`, with `num_held` blocks, and the `others` are expected to fit into `num_blocks` together."""
+        if not others.sequences:
+            return True
+        num_growing = others.num_growing + (seq.peak_blocks > num_held)
+        if others.num_held_blocks + num_held + num_growing > num_blocks:
+            return False
+        if others.num_peak_blocks + seq.peak_blocks <= num_blocks:
+            return True
+        together = others.by_sequence()
+        together.append((seq.spec.max_tokens - seq.num_output_tokens, num_held, seq.peak_blocks - num_held))
+        together.sort()
+        return stay_within(num_blocks, together, self._block_size, self._forecast.mean_tokens)
 
 
-def _resident(seq: Sequence) -> Resident:
-    """What `seq` is on the GPU, or would be once it is there."""
-    num_held = len(seq.gpu_blocks) or len(seq.host_blocks) or seq.prompt_blocks
-    return Resident(seq.spec.max_tokens - seq.num_output_tokens, num_held, seq.peak_blocks - num_held)
+class _Residents:
+    """The sequences on the GPU with the blocks that they hold at this time, and totals over them."""
+
+    def __init__(self, sequences: Iterable[Sequence]) -> None:
+        self.sequences = list(sequences)
+        self._held = list(map(len, map(attrgetter("gpu_blocks"), self.sequences)))
+        self._peaks = list(map(attrgetter("peak_blocks"), self.sequences))
+        self.num_held_blocks = sum(self._held)
+        self.num_peak_blocks = sum(self._peaks)
+        self.num_growing = sum(map(lt, self._held, self._peaks))
+
+    def by_sequence(self) -> list[Resident]:
+        """What the forecast needs of each."""
+        remaining = [seq.spec.max_tokens - seq.num_output_tokens for seq in self.sequences]
+        return list(zip(remaining, self._held, map(sub, self._peaks, self._held), strict=True))

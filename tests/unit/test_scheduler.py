@@ -13,7 +13,7 @@ from scheduler_executor import STOP, Job, ShadowExecutor
 from seesaw_ds.layout import Phase
 from seesaw_ds.requests import FinishReason
 from seesaw_ds.sched.decode import DecodeGroups
-from seesaw_ds.sched.forecast import LengthForecast, Resident, expected_peak
+from seesaw_ds.sched.forecast import LengthForecast, stay_within
 from seesaw_ds.sched.output import (
     Action,
     Activate,
@@ -768,17 +768,22 @@ class TestAbort:
 
 
 class TestForecast:
+    def expect_peak(self, num_blocks: int, residents: list[tuple[int, int, int]], mean_tokens: float) -> None:
+        assert stay_within(num_blocks, residents, 4, mean_tokens)
+        assert not stay_within(num_blocks - 1, residents, 4, mean_tokens)
+
     def test_expected_peak_when_nobody_stops_early(self) -> None:
-        residents = [Resident(8, 3, 2), Resident(20, 3, 5)]
-        assert expected_peak(residents, 4, float("inf")) == 10  # both, just before the second ends
-        assert expected_peak(residents[1:], 4, float("inf")) == 8
-        assert expected_peak([Resident(20, 3, 4)], 4, float("inf")) == 7
-        assert expected_peak([], 4, float("inf")) == 0
+        residents = [(8, 3, 2), (20, 3, 5)]
+        self.expect_peak(10, residents, float("inf"))  # both, just before the second ends
+        self.expect_peak(8, residents[1:], float("inf"))
+        self.expect_peak(7, [(20, 3, 4)], float("inf"))
+        assert stay_within(0, [], 4, float("inf"))
 
     def test_expected_peak_is_now_when_most_stop_soon(self) -> None:
-        residents = [Resident(2000, 30, 500)] * 10
-        assert expected_peak(residents, 4, mean_tokens=50) == 300
-        assert 300 < expected_peak(residents, 4, mean_tokens=500) < 2000
+        residents = [(2000, 30, 500)] * 10
+        self.expect_peak(300, residents, mean_tokens=50)
+        assert not stay_within(300, residents, 4, mean_tokens=500)
+        assert stay_within(2000, residents, 4, mean_tokens=500)
 
     def test_mean_is_tokens_per_stopped_sequence(self) -> None:
         forecast = LengthForecast(None)
