@@ -11,11 +11,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from seesaw_ds.kv.device_pool import DeviceKVPool
 from seesaw_ds.kv.host_pool import HostKVPool
 from seesaw_ds.parallel.device import is_cuda, record_event
+from seesaw_ds.parallel.row_copies import copy_runs, row_addresses
 
 if TYPE_CHECKING:
     from seesaw_ds.parallel.device import Event
@@ -60,16 +62,14 @@ def _copy(
             (source, source_index), (target, target_index) = pair if to_host else pair[::-1]
             target.index_copy_(0, target_index, source.index_select(0, source_index))
         elif on_device[:1].is_contiguous():
-            for device_block, host_block in zip(device_blocks, host_blocks, strict=True):
-                bus.move(on_device[device_block], on_host[host_block])
+            bus.move(on_device, np.asarray(device_blocks), on_host, np.asarray(host_blocks))
         else:
             for start, staging in _staged(on_device, len(device_blocks)):
                 batch = slice(start, start + len(staging))
                 index = _index(device_blocks[batch], on_device.device)
                 if to_host:
                     torch.index_select(on_device, 0, index, out=staging)
-                for staged, host_block in zip(staging, host_blocks[batch], strict=True):
-                    bus.move(staged, on_host[host_block])
+                bus.move(staging, np.arange(len(staging)), on_host, np.asarray(host_blocks[batch]))
                 if not to_host:
                     on_device.index_copy_(0, index, staging)
         copied_bytes += len(host_blocks) * on_host[:1].numel() * on_host.element_size()
@@ -77,7 +77,7 @@ def _copy(
 
 
 class _Bus:
-    """Queues copies between device and host, at most twice `_PACE_BYTES` ahead: whoever queues more waits here.
+    """Queues copies between device and host, about twice `_PACE_BYTES` ahead at most: whoever queues more waits here.
 
     A direction of the bus has one copy engine, which takes the copies of all streams in the order in which they were
     queued. So a decode step's indices, a few KB, had to wait for a whole sequence's KV that was queued before: on two
@@ -87,22 +87,23 @@ class _Bus:
     def __init__(self, device: torch.device, to_host: bool) -> None:
         self._device = device
         self._to_host = to_host
-        self._num_bytes = 0
         self._events: deque[Event] = deque()
 
-    def move(self, on_device: torch.Tensor, on_host: torch.Tensor) -> None:
-        """Queue the copy of one block's part, contiguous on both sides."""
-        source, target = (on_device, on_host) if self._to_host else (on_host, on_device)
-        target.copy_(source, non_blocking=True)
-        self._num_bytes += target.numel() * target.element_size()
-        if self._num_bytes < _PACE_BYTES:
-            return
-        self._num_bytes = 0
-        event = record_event(self._device)
-        if event is not None:
+    def move(
+        self, on_device: torch.Tensor, device_blocks: np.ndarray, on_host: torch.Tensor, host_blocks: np.ndarray
+    ) -> None:
+        """Queue the copies of blocks' parts, each of which is contiguous on both sides."""
+        block_bytes = on_host[0].numel() * on_host.element_size()
+        device_side, host_side = row_addresses(on_device, device_blocks), row_addresses(on_host, host_blocks)
+        targets, sources = (host_side, device_side) if self._to_host else (device_side, host_side)
+        batch_size = max(1, _PACE_BYTES // block_bytes)
+        for start in range(0, len(targets), batch_size):
+            copy_runs(targets[start : start + batch_size], sources[start : start + batch_size], block_bytes)
+            event = record_event(self._device)
+            assert event is not None
             self._events.append(event)
-        if len(self._events) > 1:
-            self._events.popleft().synchronize()
+            if len(self._events) > 1:
+                self._events.popleft().synchronize()
 
 
 def _rectangles(device_pool: DeviceKVPool, host_pool: HostKVPool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

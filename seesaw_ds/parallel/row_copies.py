@@ -1,0 +1,102 @@
+"""Many copies of equal size between a CUDA device and registered host memory, in one call.
+
+A copy through torch costs the host about 10 us, so pieces of 256 KB are queued at 25 GB/s, half of what a PCIe 5
+link takes; with more ranks or fewer layers the pieces are smaller still. CUDA 13 queues a list of copies at once;
+before it, each takes a driver call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+
+_SOURCE_IN_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+
+
+class _Location(ctypes.Structure):
+    """CUmemLocation."""
+
+    _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
+
+
+class _Attributes(ctypes.Structure):
+    """CUmemcpyAttributes. The places are hints that registered memory does not need."""
+
+    _fields_ = (
+        ("source_access_order", ctypes.c_int),
+        ("source_place", _Location),
+        ("target_place", _Location),
+        ("flags", ctypes.c_uint),
+    )
+
+
+def row_addresses(tensor: torch.Tensor, rows: np.ndarray) -> np.ndarray:
+    """Addresses (uint64) of ``tensor[rows[i]]``; a row must be contiguous, the rows may be strided."""
+    assert tensor[0].is_contiguous()
+    stride = tensor.stride(0) * tensor.element_size()
+    return (tensor.data_ptr() + rows.astype(np.int64) * stride).astype(np.uint64)
+
+
+def copy_runs(targets: np.ndarray, sources: np.ndarray, num_bytes: int) -> None:
+    """Queue copies of `num_bytes` each, ``sources[i]`` to ``targets[i]`` (addresses), on the current CUDA stream.
+
+    They may run in any order among themselves. Host memory must be registered. Raises RuntimeError with CUDA's number
+    when it refuses.
+    """
+    stream = get_accelerator().current_stream().cuda_stream
+    if (copy_batch := _batch_call()) is None:
+        for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
+            _check(_single_call()(target, source, num_bytes, stream))
+        return
+    sizes = np.full(len(targets), num_bytes, dtype=np.uint64)
+    attributes = _Attributes(source_access_order=_SOURCE_IN_STREAM_ORDER)
+    first = ctypes.c_size_t(0)
+    _check(
+        copy_batch(
+            targets.ctypes.data,
+            sources.ctypes.data,
+            sizes.ctypes.data,
+            len(targets),
+            ctypes.byref(attributes),
+            ctypes.byref(first),
+            1,
+            stream,
+        )
+    )
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+@functools.cache
+def _batch_call() -> Callable[..., int] | None:
+    """(targets, sources, sizes, count, attributes, their first copies, number of attributes, stream) -> CUresult."""
+    # CUDA 12.8 has the first version, which takes one more argument.
+    function = getattr(_driver(), "cuMemcpyBatchAsync_v2", None)
+    if function is None:
+        return None
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    function.argtypes = [pointer, pointer, pointer, size, pointer, pointer, size, pointer]
+    function.restype = ctypes.c_int
+    return function
+
+
+@functools.cache
+def _single_call() -> Callable[..., int]:
+    """(target, source, bytes, stream) -> CUresult."""
+    function = _driver().cuMemcpyAsync
+    function.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
+    function.restype = ctypes.c_int
+    return function
+
+
+def _check(result: int) -> None:
+    if result != 0:
+        raise RuntimeError(f"CUresult={result}: CUDA refused a copy between the device and the host's KV pool")
