@@ -39,7 +39,9 @@ class BlockPool:
                 f"{self.name} pool: num_blocks={num_blocks} asked for, "
                 f"but {self.num_free} of {self.num_blocks} are free"
             )
-        ids = tuple(self._free.pop() for _ in range(num_blocks))
+        first = len(self._free) - num_blocks
+        ids = tuple(reversed(self._free[first:]))
+        del self._free[first:]
         for block_id in ids:
             self._is_used[block_id] = 1
         return ids

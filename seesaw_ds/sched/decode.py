@@ -86,9 +86,20 @@ class DecodeGroups:
         """Sequences marked to be evicted and not yet taken out."""
         return len(self._victims)
 
+    @property
+    def num_host_blocks_left(self) -> int:
+        """Host blocks that are free once those marked to be evicted are there."""
+        return self._pools.host.num_free - sum(len(seq.gpu_blocks) for seq in self._victims.values())
+
     def mark_victim(self, seq: Sequence) -> None:
         """Have `seq` evicted as soon as it has no step in flight."""
         self._victims[seq.seq_id] = seq
+
+    def spare_victims(self) -> None:
+        """Let those go on running for whom the host has no room any more: prompts or other victims have taken it."""
+        num_host_free = self._pools.host.num_free
+        for seq in [seq for seq in self._victims.values() if len(seq.gpu_blocks) > num_host_free]:
+            del self._victims[seq.seq_id]
 
     def start_phase(self, num_stages: int) -> None:
         """Regroup for a pipeline of `num_stages`.
@@ -140,12 +151,13 @@ class DecodeGroups:
     def _issue_rows(self, group: int) -> tuple[DecodeRow, ...]:
         rows: list[DecodeRow] = []
         lacking: list[Sequence] = []
+        block_size, victims = self._block_size, self._victims
         for seq in self._groups[group].values():
-            if seq.is_fully_issued or seq.seq_id in self._victims or (seq.in_flight and seq.step_group != group):
+            if seq.is_fully_issued or seq.seq_id in victims or (seq.in_flight and seq.step_group != group):
                 continue
             position = seq.next_position
             new_blocks: tuple[int, ...] = ()
-            if position // self._block_size >= len(seq.gpu_blocks):
+            if position // block_size >= len(seq.gpu_blocks):
                 if not self._may_grow(seq):
                     continue
                 if self._pools.gpu.num_free == 0:
@@ -170,9 +182,9 @@ class DecodeGroups:
             reserve.designate(oldest.seq_id)
         return seq.seq_id == reserve.designated
 
-    def candidates(self) -> list[Sequence]:
+    def candidates(self) -> Iterator[Sequence]:
         """Running sequences that are not to be evicted."""
-        return [seq for seq in self.members() if seq.seq_id not in self._victims]
+        return (seq for seq in self.members() if seq.seq_id not in self._victims)
 
     def _mark_victims(self, lacking: list[Sequence]) -> None:
         """Choose sequences to evict, newest first, until the blocks to come are enough for the `lacking` rows.
@@ -183,7 +195,7 @@ class DecodeGroups:
         """
         leaving = [seq for seq in self._pools.owners.values() if self._is_leaving(seq)]
         num_coming = sum(len(seq.gpu_blocks) for seq in leaving)
-        num_host_free = self._pools.host.num_free - sum(len(seq.gpu_blocks) for seq in self._victims.values())
+        num_host_free = self.num_host_blocks_left
         num_lacking = len(lacking)
         designated = self._pools.reserve.designated
         by_age = sorted(self.candidates(), key=lambda seq: (seq.seq_id != designated, seq.order))

@@ -27,9 +27,9 @@ class LengthForecast:
         """The mean number of tokens until a sequence stops, infinite if none is known to stop."""
         return self._num_tokens / self._num_stopped if self._num_stopped else math.inf
 
-    def add_token(self) -> None:
-        """Count a token that was produced."""
-        self._num_tokens += 1
+    def add_tokens(self, num_tokens: int) -> None:
+        """Count tokens that were produced."""
+        self._num_tokens += num_tokens
 
     def add_stopped(self) -> None:
         """Count a sequence that ended before its `max_tokens`."""

@@ -20,6 +20,7 @@ the phase: a SwitchPhase completes the copies before it, and re-shards the block
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from seesaw_ds.layout import Phase
 from seesaw_ds.requests import FinishReason
@@ -77,8 +78,7 @@ class PrefillChunk:
     host_block_ids: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeRow:
+class DecodeRow(NamedTuple):
     """One sequence's part in a decode step: it computes the token at `position` and samples the next.
 
     `new_block_ids` are appended to the sequence's table before the step.

@@ -3,6 +3,10 @@
 Filling the GPU to the last block with young sequences would have most of them evicted again as they grow, or
 stalled when the host is full too. So a sequence becomes a resident only if the residents' expected peak stays within
 the GPU pool, and one free block is left for each that may still grow.
+
+That leaves blocks unused while the residents are young. In the end game, when no prompt is left that needs the host's
+room, the GPU is filled nearly to the last block instead, and whoever finds no room to grow goes to the host for a
+while: larger batches are worth more than such copies, which run beside the compute, cost.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ from seesaw_ds.sched.sequence import Sequence, SequenceState
 
 # Moving a sequence out and another in takes less than a decode step or two, so that this is seldom enough.
 _YIELD_TOKENS = 128
+# In the end game residents are sure of room for so many tokens each.
+_END_GAME_TOKENS = 128
 
 
 class Residency:
@@ -97,7 +103,8 @@ class Residency:
         """In the end game, whom of the `running` to evict for the sake of a sequence on the host with more to go.
 
         The run ends with the sequence that ends last. One that waits on the host while others finish would run on by
-        itself, at the cost of a whole batch's steps. So whoever is ahead by `_YIELD_TOKENS` makes room.
+        itself, at the cost of a whole batch's steps. So whoever is ahead by `_YIELD_TOKENS` makes room, but not the
+        designated sequence: nobody may grow before it ends.
         """
         if not self._on_host or not self._is_blocked:
             return None
@@ -107,7 +114,9 @@ class Residency:
         ahead = [
             seq
             for seq in running
-            if not seq.is_fully_issued and _YIELD_TOKENS < self._tokens_to_go(seq) <= longest - _YIELD_TOKENS
+            if not seq.is_fully_issued
+            and seq.seq_id != self._pools.reserve.designated
+            and _YIELD_TOKENS < self._tokens_to_go(seq) <= longest - _YIELD_TOKENS
         ]
         return min(ahead, key=lambda seq: (self._tokens_to_go(seq), seq.order), default=None)
 
@@ -134,6 +143,9 @@ class Residency:
             return True
         together = others.by_sequence()
         together.append((seq.spec.max_tokens - seq.num_output_tokens, num_held, seq.peak_blocks - num_held))
+        if self._is_end_game:
+            soon = _END_GAME_TOKENS // self._block_size + 1
+            return sum(held + min(growth, soon) for _, held, growth in together) <= num_blocks
         together.sort()
         return stay_within(num_blocks, together, self._block_size, self._forecast.mean_tokens)
 

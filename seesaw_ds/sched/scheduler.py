@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter, deque
 
 from seesaw_ds.layout import Phase
+from seesaw_ds.requests import FinishReason
 from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.sched.decode import DecodeGroups
 from seesaw_ds.sched.forecast import LengthForecast
@@ -143,6 +144,7 @@ class Scheduler:
             return activate
         if self._is_switching:
             return None
+        self._decode.spare_victims()
         # Nothing is in transit while the phase is decode.
         margin = self._prefill.transit_margin if self.phase is Phase.PREFILL else 0
         if self._prefill.is_input_closed and self._prefill.num_waiting == 0:
@@ -162,7 +164,7 @@ class Scheduler:
         pools = self._pools
         if pools.host.num_used < pools.gpu.num_used and self._decode.num_victims < _MOST_YIELDING:
             seq = self._residency.find_yielder(self._decode.candidates())
-            if seq is not None and len(seq.gpu_blocks) <= self._pools.host.num_free:
+            if seq is not None and len(seq.gpu_blocks) <= self._decode.num_host_blocks_left:
                 self._decode.mark_victim(seq)
 
     def _next_activate(self) -> Activate | None:
@@ -281,7 +283,9 @@ class Scheduler:
             if seq.state is SequenceState.ENDED:
                 self._release_if_idle(seq)
             elif is_last:
-                finished += self._append(seq, tokens[seq.seq_id])
+                self._forecast.add_tokens(1)
+                if (reason := seq.append(tokens[seq.seq_id])) is not None:
+                    finished.append(self._finish(seq, reason))
                 if seq.state is SequenceState.PREFILLING:
                     self._leave_prefill(seq)
         return finished
@@ -303,22 +307,22 @@ class Scheduler:
 
     def _on_rows(self, step_id: int, tokens: dict[int, int]) -> list[Finished]:
         finished: list[Finished] = []
+        num_tokens = 0
         for seq in self._decode.finish_batch(step_id):
             seq.in_flight -= 1
             if seq.state is SequenceState.ENDED:
                 self._release_if_idle(seq)
-            else:
-                finished += self._append(seq, tokens[seq.seq_id])
+                continue
+            num_tokens += 1
+            if (reason := seq.append(tokens[seq.seq_id])) is not None:
+                finished.append(self._finish(seq, reason))
+        self._forecast.add_tokens(num_tokens)
         return finished
 
-    def _append(self, seq: Sequence, token: int) -> list[Finished]:
-        self._forecast.add_token()
-        reason = seq.append(token)
-        if reason is None:
-            return []
+    def _finish(self, seq: Sequence, reason: FinishReason) -> Finished:
         self._num_finished += 1
         self._end(seq)
-        return [Finished(seq.seq_id, reason, seq.num_output_tokens)]
+        return Finished(seq.seq_id, reason, seq.num_output_tokens)
 
     def _end(self, seq: Sequence) -> None:
         if seq.state is SequenceState.RUNNING:

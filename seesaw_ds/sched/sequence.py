@@ -54,16 +54,14 @@ class Sequence:
     slot: int | None = None
     group: int = 0
     step_group: int = 0
+    seq_id: int = field(init=False)
     prompt_blocks: int = field(init=False)
     peak_blocks: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.seq_id = self.spec.seq_id
         self.prompt_blocks = blocks_for(self.spec.num_prompt_tokens, self.block_size)
         self.peak_blocks = blocks_for(self.spec.num_prompt_tokens + self.spec.max_tokens - 1, self.block_size)
-
-    @property
-    def seq_id(self) -> int:
-        return self.spec.seq_id
 
     @property
     def goes_to_host(self) -> bool:

@@ -787,8 +787,7 @@ class TestForecast:
 
     def test_mean_is_tokens_per_stopped_sequence(self) -> None:
         forecast = LengthForecast(None)
-        for _ in range(30):
-            forecast.add_token()
+        forecast.add_tokens(30)
         assert forecast.mean_tokens == float("inf")
         forecast.add_stopped()
         forecast.add_stopped()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scheduler_executor import STOP, Job, ShadowExecutor
+from seesaw_ds.sched import residency
 from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.sched.output import SchedulerLimits, SequenceSpec
 from seesaw_ds.sched.scheduler import Scheduler
@@ -77,6 +79,45 @@ def test_every_sequence_ends_with_its_tokens(run) -> None:
 
 
 @many
+@given(runs(), st.sampled_from([1, 3]), st.sampled_from([1, 6, 128]))
+def test_rotation_at_the_end_of_a_run_keeps_all_rules(run, yield_tokens: int, end_game_tokens: int) -> None:
+    scheduler, jobs, seed = run
+    with mock.patch.multiple("seesaw_ds.sched.residency", _YIELD_TOKENS=yield_tokens, _END_GAME_TOKENS=end_game_tokens):
+        executor = ShadowExecutor(scheduler, jobs, seed)
+        executor.run()
+    assert executor.finished == {job.spec.seq_id: job.expected for job in jobs}
+    check_empty(scheduler)
+
+
+@pytest.mark.parametrize("is_static", [True, False])
+@pytest.mark.parametrize(
+    ("num_jobs", "max_tokens", "num_gpu_blocks", "num_host_blocks"),
+    [(12, 12, 40, 24), (12, 12, 24, 30), (20, 20, 60, 44), (12, 20, 40, 44)],
+    ids=["two yield to one", "the designated yields", "no room to yield to", "no room, fewer"],
+)
+def test_equal_sequences_rotate_through_a_small_host_pool(
+    is_static: bool, num_jobs: int, max_tokens: int, num_gpu_blocks: int, num_host_blocks: int
+) -> None:
+    limits = SchedulerLimits(
+        block_size=1,
+        num_gpu_blocks=num_gpu_blocks,
+        num_host_blocks=num_host_blocks,
+        max_num_seqs=9,
+        max_num_batched_tokens=8,
+        prefill_stages=1,
+        decode_stages=1,
+        is_static=is_static,
+    )
+    with mock.patch("seesaw_ds.sched.residency._YIELD_TOKENS", 1):
+        for num_prompt_tokens in (8, 12):
+            jobs = [Job(SequenceSpec(i, num_prompt_tokens, max_tokens), (0,) * max_tokens) for i in range(num_jobs)]
+            for seed in range(4):
+                executor = ShadowExecutor(Scheduler(limits), jobs, seed)
+                executor.run()
+                assert executor.finished == {job.spec.seq_id: job.expected for job in jobs}
+
+
+@many
 @given(runs(), st.sampled_from([0.01, 0.05, 0.2]))
 def test_aborts_leave_nothing_behind(run, abort_rate: float) -> None:
     scheduler, jobs, seed = run
@@ -121,3 +162,31 @@ def test_tight_pools_evict_and_change_phase_often(mode: dict[str, bool], least: 
     for kind, count in least.items():
         assert executor.counts[kind] >= count
     check_empty(scheduler)
+
+
+@pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize("mixes_steps", [False, True])
+def test_making_room_in_the_end_game_leaves_a_way_to_the_end(monkeypatch, mixes_steps: bool, is_static: bool) -> None:
+    """Sequences yield to longer ones as soon as they are two tokens ahead, in pools that hold one or two of them."""
+    monkeypatch.setattr(residency, "_YIELD_TOKENS", 2)
+    num_evictions = 0
+    for seed in range(40):
+        rng = random.Random(seed)
+        specs = [SequenceSpec(seq_id, rng.randint(1, 8), rng.choice([12, 18, 24])) for seq_id in range(14)]
+        limits = SchedulerLimits(
+            block_size=2,
+            num_gpu_blocks=rng.choice([24, 32, 40]),
+            num_host_blocks=rng.choice([16, 24, 32]),
+            max_num_seqs=16,
+            max_num_batched_tokens=8,
+            prefill_stages=1,
+            decode_stages=1,
+            mixes_steps=mixes_steps,
+            is_static=is_static,
+        )
+        scheduler = Scheduler(limits, expected_output_tokens=rng.choice([1, 20, None]))
+        executor = ShadowExecutor(scheduler, [Job(spec, (0,) * spec.max_tokens) for spec in specs], seed)
+        executor.run()
+        num_evictions += executor.counts["Evict"]
+        check_empty(scheduler)
+    assert num_evictions > 100
