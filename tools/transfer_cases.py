@@ -115,7 +115,10 @@ class Transfers:
         weights = KnownWeights(shape, setting.layouts, self._rank, setting.dtype, self._device)
         cells = (weights.arena.cell_tensors, shape.num_layers, setting.layouts.cells_per_layer, setting.dtype)
         num_bytes = HostWeights.required_bytes(*cells)
-        host = HostWeights(share_mapping("weights", num_bytes, self._state.replica, self._device), *cells)
+        host = HostWeights(
+            share_mapping("weights", num_bytes, self._state.replica, self._device, num_bytes // shape.num_layers),
+            *cells,
+        )
         weights.store(host)
         dist.barrier(group=self._state.replica)
         reshard = HostReshard(weights.plan, weights.arena, host, self._rank)
@@ -159,7 +162,7 @@ class Transfers:
     def _swap(self) -> Iterator[list[Case]]:
         layout = self._host_layout
         num_bytes = layout.row_bytes * self._num_blocks
-        mapping = share_mapping("kv", num_bytes, self._state.replica, self._device)
+        mapping = share_mapping("kv", num_bytes, self._state.replica, self._device, layout.row_bytes)
         host_pool = HostKVPool(mapping, layout, self._num_blocks, self._setting.dtype)
         rows = mapping.tensor(0, (self._num_blocks, layout.row_numel), self._setting.dtype)
         engines = {name: CopyEngine(name, self._device, on_error=_end_process) for name in ("swap-out", "swap-in")}

@@ -45,10 +45,12 @@ def row_addresses(tensor: torch.Tensor, rows: np.ndarray) -> np.ndarray:
 def copy_runs(targets: np.ndarray, sources: np.ndarray, num_bytes: int) -> None:
     """Queue copies of `num_bytes` each, ``sources[i]`` to ``targets[i]`` (addresses), on the current CUDA stream.
 
-    They may run in any order among themselves. Host memory must be registered. Raises RuntimeError with CUDA's number
-    when it refuses.
+    That must not be the default stream. The copies may run in any order among themselves. Host memory must be
+    registered, and a copy must not cross from one registration to the next. Raises RuntimeError with CUDA's number when
+    it refuses.
     """
     stream = get_accelerator().current_stream().cuda_stream
+    assert stream != 0, "a list of copies cannot be queued on the default stream"
     if (copy_batch := _batch_call()) is None:
         for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
             _check(_single_call()(target, source, num_bytes, stream))

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _MADV_POPULATE_WRITE = 23
 _POPULATE_CHUNK_BYTES = 64 << 20
-_REGISTER_CHUNK_BYTES = 64 << 30  # drivers refuse one registration of 512 GiB
+_REGISTER_CHUNK_BYTES = 64 << 30  # at most: drivers refuse one registration of 512 GiB
 _REGISTER_FLAGS = 1 | 2  # portable (every context of the process) and mapped (kernels may read it)
 _GIB = 1 << 30
 
@@ -106,14 +106,15 @@ class NodeSharedMapping:
             # list() so that an error in a thread is raised here
             list(threads.map(self._populate_chunk, self._chunks(_POPULATE_CHUNK_BYTES)))
 
-    def register_for_dma(self) -> None:
+    def register_for_dma(self, unit_bytes: int) -> None:
         """Lock the pages and make them known to CUDA, so that this process's copies run at the link's full rate.
 
-        Takes about 0.1 s per GB. Raises UserError when the driver refuses.
+        Large mappings are registered in several parts, and CUDA refuses a copy that lies in two: parts end at
+        multiples of `unit_bytes`. Takes about 0.1 s per GB. Raises UserError when the driver refuses.
         """
         assert not self._registered, f"mapping {self.name} is registered already"
         cudart = torch.cuda.cudart()
-        for start, size in self._chunks(_REGISTER_CHUNK_BYTES):
+        for start, size in self._chunks(registered_part_bytes(unit_bytes)):
             result = cudart.cudaHostRegister(self.buffer.data_ptr() + start, size, _REGISTER_FLAGS)
             if result != cudart.cudaError.success:
                 self._unregister()
@@ -153,10 +154,20 @@ class NodeSharedMapping:
             raise _not_enough(self.name, self.nbytes, OSError(code, os.strerror(code)))
 
 
-def share_mapping(name: str, nbytes: int, group: ProcessGroup, device: torch.device) -> NodeSharedMapping:
+def registered_part_bytes(unit_bytes: int) -> int:
+    """The size in which a mapping is registered: whole pages and whole units."""
+    step = math.lcm(unit_bytes, mmap.PAGESIZE)
+    return max(1, _REGISTER_CHUNK_BYTES // step) * step
+
+
+def share_mapping(
+    name: str, nbytes: int, group: ProcessGroup, device: torch.device, unit_bytes: int = 1
+) -> NodeSharedMapping:
     """One mapping for all ranks of `group`, which are of one node and all call this; on CUDA it is locked for DMA.
 
-    A group whose first rank is the same uses `name` once. Raises UserError when the memory is refused.
+    What is copied at once lies within one of the units of `unit_bytes` that follow each other from the start, or
+    within the first 64 GiB. A group whose first rank is the same uses `name` once. Raises UserError when the memory
+    is refused.
     """
     first = dist.get_process_group_ranks(group)[0]
     name = f"{name}-{first}"
@@ -167,7 +178,7 @@ def share_mapping(name: str, nbytes: int, group: ProcessGroup, device: torch.dev
         if is_first:
             mapping.populate()
         dist.barrier(group=group)
-        mapping.register_for_dma()
+        mapping.register_for_dma(unit_bytes)
     return mapping
 
 

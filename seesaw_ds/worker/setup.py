@@ -184,7 +184,9 @@ class _EngineBuilder:
         if run.weight_reshard == "host":
             cells = (pieces, shape.num_layers, self._layouts.cells_per_layer, self._dtype)
             num_bytes = HostWeights.required_bytes(*cells)
-            host_weights = HostWeights(share_mapping("weights", num_bytes, self._state.replica, self._device), *cells)
+            layer_bytes = num_bytes // shape.num_layers
+            mapping = share_mapping("weights", num_bytes, self._state.replica, self._device, layer_bytes)
+            host_weights = HostWeights(mapping, *cells)
         load_arena(self._arena, plan, self._replica_rank, source, host_weights, _LoadProgress())
         self._stages = build_stages(
             shape,
@@ -218,7 +220,7 @@ class _EngineBuilder:
             self._dtype.itemsize,
         )
         num_bytes = layout.row_bytes * self._sizes.num_host_blocks
-        mapping = share_mapping("kv", num_bytes, self._state.replica, self._device)
+        mapping = share_mapping("kv", num_bytes, self._state.replica, self._device, layout.row_bytes)
         self._host_pool = HostKVPool(mapping, layout, self._sizes.num_host_blocks, self._dtype)
 
     def make_prefill(self) -> None:

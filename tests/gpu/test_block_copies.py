@@ -30,13 +30,18 @@ def test_rows_go_out_and_come_back(
     device_side = row_copies.row_addresses(on_device, device_rows)
     host_side = row_copies.row_addresses(on_host, host_rows)
 
-    row_copies.copy_runs(host_side, device_side, 2 * numel)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        row_copies.copy_runs(host_side, device_side, 2 * numel)
     torch.cuda.synchronize()
     assert torch.equal(on_host[host_rows], original[device_rows].flatten(1).cpu())
     others = np.setdiff1d(np.arange(NUM_ROWS), host_rows)
     assert not on_host[others].any()
 
     on_device[device_rows] = 0
-    row_copies.copy_runs(device_side, host_side, 2 * numel)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        row_copies.copy_runs(device_side, host_side, 2 * numel)
     torch.cuda.synchronize()
     assert torch.equal(on_device, original)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import mmap
 import os
 
 import pytest
@@ -10,7 +11,7 @@ import torch.distributed as dist
 
 from seesaw_ds.errors import UserError
 from seesaw_ds.parallel import shared_memory
-from seesaw_ds.parallel.shared_memory import NodeSharedMapping
+from seesaw_ds.parallel.shared_memory import NodeSharedMapping, registered_part_bytes
 
 
 @pytest.fixture
@@ -121,3 +122,15 @@ def test_attach_to_a_process_out_of_sight_says_the_rule(store):
         with pytest.raises(UserError, match="must run as one user in one process namespace"):
             NodeSharedMapping.attach("away", store)
     mapping.close()
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 5 << 20, 4096 * 3, 327_680, 1000])
+def test_no_unit_is_registered_in_two_parts(unit_bytes: int) -> None:
+    part_bytes = registered_part_bytes(unit_bytes)
+    assert part_bytes % unit_bytes == 0
+    assert part_bytes % mmap.PAGESIZE == 0
+    assert (64 << 30) - 1000 * mmap.PAGESIZE * unit_bytes < part_bytes <= 64 << 30
+
+
+def test_a_unit_larger_than_a_part_is_registered_whole() -> None:
+    assert registered_part_bytes(70 << 30) == 70 << 30
