@@ -45,6 +45,11 @@ class Reserve:
         """Blocks that no live sequence holds: F."""
         return self.num_blocks - self._num_held
 
+    @property
+    def num_kept_free(self) -> int:
+        """The right side of the rule, or somewhat more: blocks that sequences may not take."""
+        return self._max_need + self._max_held
+
     def admits(self, held: int, peak: int, soon_free: int = 0) -> bool:
         """Whether the rule holds once a new sequence holds `held` blocks and may grow to `peak`.
 

@@ -4,9 +4,9 @@ Filling the GPU to the last block with young sequences would have most of them e
 stalled when the host is full too. So a sequence becomes a resident only if the residents' expected peak stays within
 the GPU pool, and one free block is left for each that may still grow.
 
-That leaves blocks unused while the residents are young. In the end game, when no prompt is left that needs the host's
-room, the GPU is filled nearly to the last block instead, and whoever finds no room to grow goes to the host for a
-while: larger batches are worth more than such copies, which run beside the compute, cost.
+That leaves blocks unused while the residents are young. In a decode phase, and when no prompt is left, the GPU may
+be filled nearly to the last block instead, if those who find no room to grow can go to the host for a while: larger
+batches are worth more than such copies, which run beside the compute, cost.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import heapq
 from collections.abc import Iterable
 from operator import attrgetter, lt, sub
 
+from seesaw_ds.layout import Phase
 from seesaw_ds.sched.forecast import LengthForecast, Resident, stay_within
 from seesaw_ds.sched.output import SwapIn
 from seesaw_ds.sched.pools import KvPools
@@ -22,8 +23,8 @@ from seesaw_ds.sched.sequence import Sequence, SequenceState
 
 # Moving a sequence out and another in takes less than a decode step or two, so that this is seldom enough.
 _YIELD_TOKENS = 128
-# In the end game residents are sure of room for so many tokens each.
-_END_GAME_TOKENS = 128
+# How much room to grow each resident is sure of where the GPU is filled.
+_FILL_TOKENS = 128
 
 
 class Residency:
@@ -36,6 +37,7 @@ class Residency:
         self._queue: list[tuple[tuple[int, int], int]] = []  # a heap of (rank, seq_id); ids not on the host are skipped
         self._on_host: dict[int, Sequence] = {}
         self._is_end_game = False
+        self._is_decoding = False
         self._is_blocked = False
         # As first asked for since an event, and the sequence and margin refused last since then.
         self._residents: _Residents | None = None
@@ -47,6 +49,11 @@ class Residency:
         self._on_host[seq.seq_id] = seq
         heapq.heappush(self._queue, (self._rank(seq), seq.seq_id))
         self._is_blocked = False
+
+    def start_phase(self, phase: Phase) -> None:
+        """Look again after a change of phase."""
+        self._is_decoding = phase is Phase.DECODE
+        self.notice_room()
 
     def start_end_game(self) -> None:
         """From now on those with most to go come to the GPU first: no prompt is left, so none has to wait its turn."""
@@ -143,11 +150,18 @@ class Residency:
             return True
         together = others.by_sequence()
         together.append((seq.spec.max_tokens - seq.num_output_tokens, num_held, seq.peak_blocks - num_held))
-        if self._is_end_game:
-            soon = _END_GAME_TOKENS // self._block_size + 1
-            return sum(held + min(growth, soon) for _, held, growth in together) <= num_blocks
         together.sort()
-        return stay_within(num_blocks, together, self._block_size, self._forecast.mean_tokens)
+        if stay_within(num_blocks, together, self._block_size, self._forecast.mean_tokens):
+            return True
+        if not (self._is_decoding or self._is_end_game):
+            return False
+        soon = _FILL_TOKENS // self._block_size + 1
+        if sum(held + min(growth, soon) for _, held, growth in together) > num_blocks:
+            return False
+        # Whoever is evicted needs host room, beside what the reserve rule keeps free: else residents stall.
+        pools = self._pools
+        host_room = pools.host.num_free + len(seq.host_blocks) - pools.reserve.num_kept_free
+        return stay_within(num_blocks + host_room, together, self._block_size, self._forecast.mean_tokens)
 
 
 class _Residents:

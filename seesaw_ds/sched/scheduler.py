@@ -221,7 +221,7 @@ class Scheduler:
         self._is_switching = True
         self.transitions.append(reason)
         self._prefill.start_phase()
-        self._residency.notice_room()
+        self._residency.start_phase(to)
         self._decode.start_phase(self.limits.prefill_stages if to is Phase.PREFILL else self.limits.decode_stages)
         blocks: list[int] = []
         if not self.limits.is_static:

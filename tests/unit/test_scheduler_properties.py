@@ -80,9 +80,9 @@ def test_every_sequence_ends_with_its_tokens(run) -> None:
 
 @many
 @given(runs(), st.sampled_from([1, 3]), st.sampled_from([1, 6, 128]))
-def test_rotation_at_the_end_of_a_run_keeps_all_rules(run, yield_tokens: int, end_game_tokens: int) -> None:
+def test_rotation_at_the_end_of_a_run_keeps_all_rules(run, yield_tokens: int, fill_tokens: int) -> None:
     scheduler, jobs, seed = run
-    with mock.patch.multiple("seesaw_ds.sched.residency", _YIELD_TOKENS=yield_tokens, _END_GAME_TOKENS=end_game_tokens):
+    with mock.patch.multiple("seesaw_ds.sched.residency", _YIELD_TOKENS=yield_tokens, _FILL_TOKENS=fill_tokens):
         executor = ShadowExecutor(scheduler, jobs, seed)
         executor.run()
     assert executor.finished == {job.spec.seq_id: job.expected for job in jobs}
