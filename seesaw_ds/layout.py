@@ -171,8 +171,8 @@ class ParallelLayout:
         ends = tuple(itertools.accumulate(self.layer_counts))
         if ends[-1] != num_layers:
             raise ValueError(
-                f"layout={str(self)!r}: the stages have {ends[-1]} layers, but num_hidden_layers={num_layers}; change the "
-                "numbers in brackets, or leave the brackets out for equal stages"
+                f"layout={str(self)!r}: the stages have {ends[-1]} layers, but num_hidden_layers={num_layers}; change "
+                "the numbers in brackets, or leave the brackets out for equal stages"
             )
         return tuple(map(Range, (0, *ends), ends))
 
@@ -225,6 +225,11 @@ class LayoutPair:
     def is_static(self) -> bool:
         """Whether nothing moves between the phases; stages of different depth are different layouts."""
         return self.prefill == self.decode
+
+    @property
+    def has_equal_stages(self) -> bool:
+        """Whether both phases' layouts leave the layers of their stages open."""
+        return self == self.with_equal_stages
 
     @property
     def with_equal_stages(self) -> LayoutPair:

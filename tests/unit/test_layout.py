@@ -49,7 +49,7 @@ def test_stages_have_the_layers_that_the_text_says():
 
 
 def test_stages_that_do_not_add_up_to_the_model_are_refused():
-    with pytest.raises(ValueError, match=r"P2\[3,1\]': the stages have 4 layers, but num_hidden_layers=5; change the"):
+    with pytest.raises(ValueError, match=r"P2\[3,1\]': the stages have 4 layers, but num_hidden_layers=5; change"):
         ParallelLayout.parse("P2[3,1]").stage_layers(5)
 
 
