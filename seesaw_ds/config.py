@@ -173,6 +173,10 @@ def _check_layouts_fit(run: RunConfig, shape: ModelShape, world_size: int) -> No
                 f"layouts={run.layouts!r}: {layout.pp} pipeline stages need at least as many layers, "
                 f"but num_hidden_layers={shape.num_layers}"
             )
+        try:
+            layout.stage_layers(shape.num_layers)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     cells = pair.cells_per_layer
     for name, size in (
         ("num_attention_heads", shape.num_heads),

@@ -1,8 +1,9 @@
 """Parallel layouts: how the ranks of a run share layers and heads, in each phase.
 
 A layout is written as letters and sizes: ``D2T4P1`` is two data-parallel replicas, each four-way tensor
-parallel with one pipeline stage. Sizes of one may be left out: ``T4``, ``P2``, ``D2P2``. A pair of layouts,
-``P4->T4``, is the one used for prefill and the one used for decode.
+parallel with one pipeline stage. Sizes of one may be left out: ``T4``, ``P2``, ``D2P2``. Stages have equal numbers of
+layers, or those in brackets: ``P4[9,9,8,6]``. A pair of layouts, ``P4->T4``, is the one used for prefill and the one
+used for decode.
 
 Ranks are numbered with the tensor axis fastest and the data axis slowest, so a replica (the unit inside
 which weights and KV are re-sharded) is a run of consecutive ranks in both phases::
@@ -16,6 +17,7 @@ which weights and KV are re-sharded) is a run of consecutive ranks in both phase
 from __future__ import annotations
 
 import enum
+import itertools
 import math
 import re
 from dataclasses import dataclass
@@ -85,35 +87,62 @@ class Shard(NamedTuple):
         return self.layers.size == 0 or self.kv_heads.size == 0
 
 
-_LAYOUT = re.compile(r"(?:(?P<axis>[DTP])(?P<size>[1-9][0-9]*))")
-_RULE = 'a layout is letters D, T, P with sizes, each at most once, for example "T4", "P2" or "D2T2P2"'
+_LAYOUT = re.compile(r"(?P<axis>[DTP])(?P<size>[1-9]\d*)(?:\[(?P<layers>[1-9]\d*(?:,[1-9]\d*)*)\])?", re.ASCII)
+_RULE = (
+    'a layout is letters D, T, P with sizes, each at most once, for example "T4", "P2" or "D2T2P2"; '
+    'the P size may be followed by the layers of each stage, at least 1, as in "P4[9,9,8,6]"'
+)
 
 
 @dataclass(frozen=True, slots=True)
 class ParallelLayout:
-    """The sizes of the data, tensor and pipeline axes."""
+    """The sizes of the data, tensor and pipeline axes.
+
+    `layer_counts` are the layers of each pipeline stage; () is equal numbers, whatever the model.
+    """
 
     dp: int = 1
     tp: int = 1
     pp: int = 1
+    layer_counts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert not self.layer_counts or len(self.layer_counts) == self.pp, self
 
     @classmethod
     def parse(cls, text: str) -> ParallelLayout:
-        """Read ``D2T4P1``. Raises ValueError with the rule when `text` is not a layout."""
+        """Read ``D2T4P1`` or ``P2[3,1]``. Raises ValueError with the rule when `text` is not a layout."""
         sizes: dict[str, int] = {}
+        layer_counts: tuple[int, ...] = ()
         position = 0
         for match in _LAYOUT.finditer(text):
-            if match.start() != position or match["axis"] in sizes:
+            if match.start() != position or match["axis"] in sizes or (match["layers"] and match["axis"] != "P"):
                 break
             sizes[match["axis"]] = int(match["size"])
+            if match["layers"]:
+                layer_counts = tuple(int(count) for count in match["layers"].split(","))
             position = match.end()
         if not sizes or position != len(text):
             raise ValueError(f"layout={text!r}: {_RULE}")
-        return cls(dp=sizes.get("D", 1), tp=sizes.get("T", 1), pp=sizes.get("P", 1))
+        pp = sizes.get("P", 1)
+        if layer_counts and len(layer_counts) != pp:
+            raise ValueError(
+                f"layout={text!r}: {pp} stages need {pp} numbers of layers, not {len(layer_counts)}; "
+                "give one for each stage, or leave the brackets out for equal stages"
+            )
+        return cls(sizes.get("D", 1), sizes.get("T", 1), pp, layer_counts)
 
     def __str__(self) -> str:
-        axes = (("D", self.dp), ("T", self.tp), ("P", self.pp))
-        return "".join(f"{letter}{size}" for letter, size in axes if size > 1) or "T1"
+        axes = (("D", self.dp), ("T", self.tp))
+        text = "".join(f"{letter}{size}" for letter, size in axes if size > 1)
+        if self.layer_counts:
+            return f"{text}P{self.pp}[{','.join(map(str, self.layer_counts))}]"
+        return text + f"P{self.pp}" * (self.pp > 1) or "T1"
+
+    @property
+    def with_equal_stages(self) -> ParallelLayout:
+        """The same axes, with equal numbers of layers a stage."""
+        return ParallelLayout(self.dp, self.tp, self.pp)
 
     @property
     def replica_size(self) -> int:
@@ -133,8 +162,19 @@ class ParallelLayout:
         return coords.dp * self.replica_size + coords.pp * self.tp + coords.tp
 
     def stage_layers(self, num_layers: int) -> tuple[Range, ...]:
-        """The layers of each pipeline stage; early stages take the remainder, for the last has the LM head."""
-        return split_evenly(num_layers, self.pp)
+        """The layers of each pipeline stage; early stages take the remainder, for the last has the LM head.
+
+        Raises ValueError when the layout's own numbers do not add up to `num_layers`.
+        """
+        if not self.layer_counts:
+            return split_evenly(num_layers, self.pp)
+        ends = tuple(itertools.accumulate(self.layer_counts))
+        if ends[-1] != num_layers:
+            raise ValueError(
+                f"layout={str(self)!r}: the stages have {ends[-1]} layers, but num_hidden_layers={num_layers}; change "
+                "the numbers in brackets, or leave the brackets out for equal stages"
+            )
+        return tuple(map(Range, (0, *ends), ends))
 
     def shard(self, rank: int, num_layers: int, num_kv_heads: int) -> Shard:
         """What `rank` owns of `num_layers` layers and `num_kv_heads` KV heads (which `tp` divides)."""
@@ -154,7 +194,7 @@ class LayoutPair:
 
     @classmethod
     def parse(cls, text: str) -> LayoutPair:
-        """Read ``P2->T2``, or ``T2`` for the same layout in both phases.
+        """Read ``P2->T2`` or ``P2[3,1]->T2``, or ``T2`` for the same layout in both phases.
 
         Raises ValueError when a side is not a layout, or when the two sides use different ranks.
         """
@@ -183,7 +223,18 @@ class LayoutPair:
 
     @property
     def is_static(self) -> bool:
+        """Whether nothing moves between the phases; stages of different depth are different layouts."""
         return self.prefill == self.decode
+
+    @property
+    def has_equal_stages(self) -> bool:
+        """Whether both phases' layouts leave the layers of their stages open."""
+        return self == self.with_equal_stages
+
+    @property
+    def with_equal_stages(self) -> LayoutPair:
+        """The same axes in both phases, with equal numbers of layers a stage."""
+        return LayoutPair(self.prefill.with_equal_stages, self.decode.with_equal_stages)
 
     @property
     def dp(self) -> int:

@@ -147,16 +147,19 @@ def figures(
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    header = f"{'workload':<16}{'layouts':<12}{'req/s':>8}{'tok/s':>9}{'prefill s':>10}{'decode s':>9}{'switch s':>9}"
+    width = max(12, 2 + max((len(row["layouts"]) for row in rows), default=0))
+    header = (
+        f"{'workload':<16}{'layouts':<{width}}{'req/s':>8}{'tok/s':>9}{'prefill s':>10}{'decode s':>9}{'switch s':>9}"
+    )
     print(header + f"{'switches':>9}{'evict':>6}{'MFU %':>7}{'HBM %':>7}{'roofline %':>11}{'start s':>8}")
     for row in rows:
         if "error" in row:
-            print(f"{row['workload']:<16}{row['layouts']:<12}failed: {row['error'].splitlines()[0]}")
+            print(f"{row['workload']:<16}{row['layouts']:<{width}}failed: {row['error'].splitlines()[0]}")
             continue
         phases = row["phase_seconds"]
         print(
-            f"{row['workload']:<16}{row['layouts']:<12}{row['requests_per_second']:>8.3f}{row['tokens_per_second']:>9.0f}"
-            f"{phases['prefill']:>10.2f}{phases['decode']:>9.2f}{phases['transition']:>9.2f}{row['transitions']:>9}"
+            f"{row['workload']:<16}{row['layouts']:<{width}}{row['requests_per_second']:>8.3f}"
+            f"{row['tokens_per_second']:>9.0f}{phases['prefill']:>10.2f}{phases['decode']:>9.2f}{phases['transition']:>9.2f}{row['transitions']:>9}"
             f"{row['evictions']:>6}{100 * row['prefill_mfu']:>7.1f}{100 * row['decode_hbm_utilisation']:>7.1f}"
             f"{100 * row['roofline_ratio']:>11.1f}{phases['startup']:>8.1f}",
             flush=True,

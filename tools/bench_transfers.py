@@ -249,6 +249,8 @@ def read_setting(arguments: argparse.Namespace, device: torch.device) -> Setting
         raise UserError(str(error)) from None
     if layouts.world_size != dist.get_world_size():
         raise UserError(f"layouts={arguments.layouts!r}: has {layouts.world_size} ranks; start as many")
+    if not layouts.has_equal_stages:
+        raise UserError(f"layouts={arguments.layouts!r}: models are cut here, so leave out the layers of each stage")
     if arguments.layers < layouts.replica_size:
         raise UserError(f"layers={arguments.layers}: must be {layouts.replica_size} or more, one for each rank")
     return Setting(

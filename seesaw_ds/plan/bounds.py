@@ -74,8 +74,13 @@ def bound_seconds(
     totals: InputTotals,
     dtype: str,
     weight_reshard: str,
+    counts_longest: bool = True,
 ) -> SecondsByPart:
-    """The closed form for the whole input, which `pair.dp` replicas share evenly."""
+    """The closed form for the whole input, which `pair.dp` replicas share evenly.
+
+    `counts_longest` has the longest output's steps as a floor. Without it the closed form tells stages of other depths
+    apart, which the floor hides: they change what a full pipeline takes, and not the steps of one sequence.
+    """
     reshard = reshard_seconds(shape, pair, hardware, dtype, weight_reshard, limits.block_size)
     prefill = CostModel(shape, hardware, pair.prefill, dtype)
     decode = CostModel(shape, hardware, pair.decode, dtype)
@@ -84,7 +89,8 @@ def bound_seconds(
         return SecondsByPart(_prefill_seconds(prefill, limits, work, 0), 0.0, 0.0)
     batch = _largest_batch(limits, work)
     row_seconds = _row_seconds(decode, work, batch)
-    alone = _alone_seconds(decode, totals) * (totals.longest_output - 1)
+    floor_steps = totals.longest_output - 1 if counts_longest else 0
+    alone = _alone_seconds(decode, totals) * floor_steps
     if not limits.mixes_steps:
         blocks = work.input_tokens // limits.block_size
         num_cycles = max(1, int(blocks // (limits.num_host_blocks + limits.num_gpu_blocks)))
@@ -96,8 +102,21 @@ def bound_seconds(
     for riding in (0.0, most / 2, most):
         splits.append((_prefill_seconds(prefill, limits, work, riding), (work.num_rows - riding) * row_seconds))
     seconds, rest = min(splits, key=sum)
-    alone = min(alone, _alone_seconds(prefill, totals) * (totals.longest_output - 1))
+    alone = min(alone, _alone_seconds(prefill, totals) * floor_steps)
     return SecondsByPart(seconds, max(rest, alone - seconds), reshard.to(Phase.DECODE))
+
+
+def typical_steps(pair: LayoutPair, limits: SchedulerLimits, totals: InputTotals) -> dict[Phase, StepWork]:
+    """What the closed form has in a step of each phase: a micro-batch with all rows that can ride, a group's decode."""
+    work = _Work.of(totals, pair.dp)
+    if work.num_rows == 0:
+        return {Phase.PREFILL: _prefill_step(_prompt_tokens(limits, work), work, 0)[1], Phase.DECODE: StepWork()}
+    batch = _largest_batch(limits, work)
+    riding = _most_riding_rows(limits, work, batch / pair.prefill.pp) if limits.mixes_steps else 0
+    return {
+        Phase.PREFILL: _prefill_step(_prompt_tokens(limits, work), work, riding)[1],
+        Phase.DECODE: _decode_step(max(1.0, batch / pair.decode.pp), work),
+    }
 
 
 class _Work(NamedTuple):
@@ -150,7 +169,13 @@ def _prefill_seconds(cost: CostModel, limits: SchedulerLimits, work: _Work, ridi
     return min(_seconds_in_batches(cost, size, work, riding) for size in sizes)
 
 
-def _seconds_in_batches(cost: CostModel, size: int, work: _Work, riding: float) -> float:
+def _seconds_in_batches(cost: CostModel, size: float, work: _Work, riding: float) -> float:
+    num_batches, step = _prefill_step(size, work, riding)
+    return num_batches * max(cost.stage_seconds(step))
+
+
+def _prefill_step(size: float, work: _Work, riding: float) -> tuple[float, StepWork]:
+    """How many micro-batches of `size` tokens take all prompts and `riding` rows, and what is in each."""
     num_tokens = work.input_tokens + riding
     num_batches = max(1.0, min(num_tokens / size, work.input_tokens * LEAST_PROMPT_SHARE / size))
     step = StepWork(
@@ -159,17 +184,20 @@ def _seconds_in_batches(cost: CostModel, size: int, work: _Work, riding: float) 
         decode_context=int(riding * work.mean_context / num_batches),
         num_rows=int((work.num_requests + riding) / num_batches),
     )
-    return num_batches * max(cost.stage_seconds(step))
+    return num_batches, step
 
 
 def _row_seconds(cost: CostModel, work: _Work, batch: float) -> float:
     """Seconds of one row, in a step of its own with as many others as there can be."""
     num_stages = cost.layout.pp
     rows = max(1.0, batch / num_stages)
-    step = StepWork(num_tokens=int(rows + 0.999), decode_context=int(rows * work.mean_context), num_rows=int(rows))
-    stages = cost.stage_seconds(step)
+    stages = cost.stage_seconds(_decode_step(rows, work))
     latency = sum(stages) + (num_stages - 1) * cost.send_seconds(int(rows)) + cost.sample_seconds()
     return max(max(stages), latency / num_stages) / rows
+
+
+def _decode_step(rows: float, work: _Work) -> StepWork:
+    return StepWork(num_tokens=int(rows + 0.999), decode_context=int(rows * work.mean_context), num_rows=int(rows))
 
 
 def _alone_seconds(cost: CostModel, totals: InputTotals) -> float:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from seesaw_ds.config import RunConfig, dtype_name, max_model_len
 from seesaw_ds.errors import UserError
-from seesaw_ds.layout import LayoutPair, ParallelLayout
-from seesaw_ds.plan.bounds import InputTotals, SecondsByPart, bound_seconds
+from seesaw_ds.layout import LayoutPair, ParallelLayout, Phase
+from seesaw_ds.plan.bounds import InputTotals, SecondsByPart, bound_seconds, typical_steps
+from seesaw_ds.plan.cost import CostModel
 from seesaw_ds.plan.hardware import GIB, HardwareProfile
 from seesaw_ds.plan.memory import PoolSizes, size_pools
+from seesaw_ds.plan.stages import StageTimes, unequal_splits
 from seesaw_ds.sched.output import SchedulerLimits
 from seesaw_ds.shapes import DTYPE_BYTES, ModelShape
 
@@ -21,19 +24,34 @@ MOST_DEVICES_A_NODE = 16
 """How far to look for a number of devices that would do."""
 
 
+LEAST_GAIN = 0.005
+"""The share of a run's seconds that stages of unequal depth must save to be taken."""
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A configuration of the engine that fits: its run settings, pools, and the closed form's seconds."""
+    """A configuration of the engine that fits: its run settings, pools, and the closed form's seconds.
+
+    `stages` are those of each phase. `alternative` has the layers split in another way, into equal stages where this
+    one's are not; its closed form promises less.
+    """
 
     run: RunConfig
     pools: PoolSizes
     limits: SchedulerLimits
     bound: SecondsByPart
+    stages: Mapping[Phase, StageTimes]
+    alternative: Candidate | None = None
 
     @property
     def pair(self) -> LayoutPair:
         """Its layouts."""
         return self.run.layout_pair
+
+    @property
+    def least_seconds(self) -> float:
+        """What neither it nor its alternative gets below."""
+        return min(self.bound.total, self.alternative.bound.total if self.alternative else math.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +150,7 @@ def find_candidates(
             reason = str(fitting[0])
         if reason is not None:
             rejected.append(Rejected(str(pair), reason))
-    candidates.sort(key=lambda candidate: candidate.bound.total)
+    candidates.sort(key=lambda candidate: candidate.least_seconds)
     return candidates, rejected
 
 
@@ -148,17 +166,46 @@ def _sized(
     for num_tokens in constraints.micro_batch_tokens:
         settings = _settings(run, pair, num_tokens)
         try:
-            pools = size_pools(settings, shape, hardware.memory_bytes)
+            candidate = make_candidate(settings, shape, hardware, totals)
         except UserError as error:
             yield str(error)
             continue
-        if (reason := _lacks_host_memory(settings, shape, pools, constraints.host_bytes)) is not None:
-            yield reason
-            continue
-        limits = scheduler_limits(settings, pools)
-        dtype = dtype_name(run, shape)
-        bound = bound_seconds(shape, hardware, pair, limits, totals, dtype, settings.weight_reshard)
-        yield Candidate(settings, pools, limits, bound)
+        reason = _lacks_host_memory(settings, shape, candidate.pools, constraints.host_bytes)
+        yield _balanced(candidate, shape, hardware, totals) if reason is None else reason
+
+
+def make_candidate(run: RunConfig, shape: ModelShape, hardware: HardwareProfile, totals: InputTotals) -> Candidate:
+    """The configuration of `run`. Raises UserError when it does not fit the memory."""
+    pair, dtype = run.layout_pair, dtype_name(run, shape)
+    pools = size_pools(run, shape, hardware.memory_bytes)
+    limits = scheduler_limits(run, pools)
+    bound = bound_seconds(shape, hardware, pair, limits, totals, dtype, run.weight_reshard)
+    steps = typical_steps(pair, limits, totals)
+    stages = {phase: StageTimes.of(CostModel(shape, hardware, pair[phase], dtype), steps[phase]) for phase in Phase}
+    return Candidate(run, pools, limits, bound, stages)
+
+
+def _balanced(equal: Candidate, shape: ModelShape, hardware: HardwareProfile, totals: InputTotals) -> Candidate:
+    """`equal`, which has equal stages, or the split that balances them, by the closed form without its floor."""
+    dtype = dtype_name(equal.run, shape)
+    costs = {phase: CostModel(shape, hardware, equal.pair[phase], dtype) for phase in Phase}
+    splits = []
+    for pair in unequal_splits(costs, typical_steps(equal.pair, equal.limits, totals)):
+        try:
+            splits.append(make_candidate(replace(equal.run, layouts=str(pair)), shape, hardware, totals))
+        except UserError:
+            continue  # the stage with most layers does not fit
+    if not splits:
+        return equal
+
+    def seconds(candidate: Candidate) -> float:
+        pair, limits, reshard = candidate.pair, candidate.limits, candidate.run.weight_reshard
+        return bound_seconds(shape, hardware, pair, limits, totals, dtype, reshard, counts_longest=False).total
+
+    best = min(splits, key=seconds)
+    if seconds(best) < (1 - LEAST_GAIN) * seconds(equal):
+        return replace(best, alternative=equal)
+    return replace(equal, alternative=best)
 
 
 def _settings(run: RunConfig, pair: LayoutPair, num_tokens: int) -> RunConfig:

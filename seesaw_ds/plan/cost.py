@@ -93,6 +93,11 @@ class CostModel:
         return self.shape.kv_block_bytes(self.shape.num_layers, self.shape.num_kv_heads, 1, self.dtype)
 
     @cached_property
+    def rank_kv_token_bytes(self) -> float:
+        """Bytes of one token's KV on a rank of the stage that has most layers."""
+        return self.kv_token_bytes * max(self.stage_layers) / self.shape.num_layers / self.layout.tp
+
+    @cached_property
     def _kv_bandwidth(self) -> float:
         return self.hardware.kv_bandwidth or self._bandwidth
 

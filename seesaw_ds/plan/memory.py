@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """What one rank's memory is spent on, in bytes, for the rank that needs most."""
+    """What one rank's memory is spent on, in bytes, for the rank with room for the fewest KV blocks."""
 
     weights: int
     embeddings: int
@@ -54,13 +54,17 @@ def size_pools(run: RunConfig, shape: ModelShape, device_bytes: int) -> PoolSize
     itemsize = DTYPE_BYTES[dtype]
     longest = blocks_for(max_model_len(run, shape), run.kv_block_size)
 
-    weights = _layer_bytes(run, shape, itemsize)
-    embeddings = _embedding_bytes(run, shape, itemsize)
     activations = _activation_bytes(run, shape, itemsize)
-    block_bytes = kv_block_bytes(run, shape, dtype)
     budget = int(device_bytes * run.gpu_memory_utilization)
-    left = budget - weights - embeddings - activations
-    num_gpu_blocks = min(left // block_bytes, run.max_num_seqs * longest)  # more than that nobody can use
+
+    def blocks_on(rank: int) -> int:
+        spent = _layer_bytes(run, shape, itemsize, rank) + _embedding_bytes(run, shape, itemsize, rank) + activations
+        return (budget - spent) // kv_block_bytes(run, shape, dtype, rank)
+
+    fullest = min(range(pair.replica_size), key=blocks_on)
+    weights = _layer_bytes(run, shape, itemsize, fullest)
+    embeddings = _embedding_bytes(run, shape, itemsize, fullest)
+    num_gpu_blocks = min(blocks_on(fullest), run.max_num_seqs * longest)  # more than that nobody can use
     if run.num_gpu_kv_blocks is not None:
         num_gpu_blocks = run.num_gpu_kv_blocks
     if num_gpu_blocks < longest:
@@ -79,7 +83,9 @@ def size_pools(run: RunConfig, shape: ModelShape, device_bytes: int) -> PoolSize
         num_gpu_blocks=num_gpu_blocks,
         num_host_blocks=num_host_blocks,
         host_bytes=num_host_blocks * row_bytes,
-        device=DeviceMemory(weights, embeddings, activations, num_gpu_blocks * block_bytes),
+        device=DeviceMemory(
+            weights, embeddings, activations, num_gpu_blocks * kv_block_bytes(run, shape, dtype, fullest)
+        ),
     )
 
 
@@ -97,23 +103,21 @@ def _refuse_gpu(run: RunConfig, longest: int, num_blocks: int, budget: int, spen
     )
 
 
-def _layer_bytes(run: RunConfig, shape: ModelShape, itemsize: int) -> int:
-    """The arena: the larger of the two phases' shards, on the rank that has most."""
+def _layer_bytes(run: RunConfig, shape: ModelShape, itemsize: int, rank: int) -> int:
+    """The arena: the larger of the two phases' shards."""
     pair = run.layout_pair
-    largest = 0
-    for rank in range(pair.replica_size):
-        owned = (
-            len(pair[p].shard(rank, shape.num_layers, shape.num_kv_heads).layers.indices()) / pair[p].tp for p in Phase
-        )
-        largest = max(largest, int(max(owned) * shape.layer_parameters * itemsize))
-    return largest
+    owned = (pair[p].shard(rank, shape.num_layers, shape.num_kv_heads).layers.size / pair[p].tp for p in Phase)
+    return int(max(owned) * shape.layer_parameters * itemsize)
 
 
-def _embedding_bytes(run: RunConfig, shape: ModelShape, itemsize: int) -> int:
+def _embedding_bytes(run: RunConfig, shape: ModelShape, itemsize: int, rank: int) -> int:
     """Both phases' shards of the embedding and the LM head stay resident; norms are whole on every rank."""
-    pair = run.layout_pair
     table = shape.vocab_size * shape.hidden_size * itemsize
-    shards = sum(table // pair[phase].tp * (2 if pair[phase].pp == 1 else 1) for phase in Phase)
+    shards = 0
+    for phase in Phase:
+        layout = run.layout_pair[phase]
+        stage = layout.coords(rank).pp
+        shards += table // layout.tp * ((stage == 0) + (stage == layout.pp - 1))
     return shards + (2 * shape.num_layers + 1) * shape.hidden_size * itemsize
 
 
@@ -124,14 +128,9 @@ def _activation_bytes(run: RunConfig, shape: ModelShape, itemsize: int) -> int:
     return most_step_tokens(run) * width * itemsize + 3 * run.max_num_seqs * shape.vocab_size * 4
 
 
-def kv_block_bytes(run: RunConfig, shape: ModelShape, dtype: str) -> int:
-    """Device bytes of one KV block on the rank and in the phase that need most: its bytes are those of both phases."""
-    pair = run.layout_pair
-    shards = (
-        pair[phase].shard(rank, shape.num_layers, shape.num_kv_heads)
-        for phase in Phase
-        for rank in range(pair.replica_size)
-    )
+def kv_block_bytes(run: RunConfig, shape: ModelShape, dtype: str, rank: int) -> int:
+    """Bytes of one KV block on `rank`, in the phase that needs more: its bytes are those of both phases."""
+    shards = (run.layout_pair[phase].shard(rank, shape.num_layers, shape.num_kv_heads) for phase in Phase)
     return max(
         shape.kv_block_bytes(shard.layers.size, shard.kv_heads.size, run.kv_block_size, dtype) for shard in shards
     )

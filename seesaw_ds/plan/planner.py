@@ -3,7 +3,8 @@
 Pairs are simulated with one micro-batch size each, in the order of their closed form, which is optimistic. Once the
 next one's is above the best simulated time, no later one can win, and the search ends (branch and bound); it also ends
 after a fixed number of simulations, so that equal inputs always give equal plans. The fastest few pairs then try
-smaller and larger micro-batches, as long as that helps, and are simulated once more in detail.
+smaller and larger micro-batches, as long as that helps, and are simulated once more in detail. Stages are equal,
+or split to balance them where the closed form gains by it; the fastest few pairs are simulated both ways.
 
 For a large input the simulations count in units of several tokens; a still larger one is thinned as well, and the
 seconds are scaled by the ratio of the closed forms of the whole and the thinned input.
@@ -17,8 +18,9 @@ from typing import NamedTuple
 
 from seesaw_ds.config import RunConfig, dtype_name
 from seesaw_ds.errors import UserError
+from seesaw_ds.layout import LayoutPair
 from seesaw_ds.plan.bounds import InputTotals, bound_seconds
-from seesaw_ds.plan.candidates import Candidate, Constraints, Rejected, find_candidates, what_would_fit
+from seesaw_ds.plan.candidates import LEAST_GAIN, Candidate, Constraints, Rejected, find_candidates, what_would_fit
 from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.outcome import SimulatedRun
 from seesaw_ds.plan.simulator import Simulator
@@ -157,21 +159,21 @@ def _search(
     candidates: list[Candidate], rank: Callable[[Candidate], Simulated]
 ) -> tuple[list[Simulated], list[Candidate]]:
     """Simulate candidates by rising bound until no other pair can win; one micro-batch size of each pair stays."""
-    by_pair: dict[str, list[Candidate]] = {}
+    by_pair: dict[LayoutPair, list[Candidate]] = {}
     for candidate in candidates:
-        by_pair.setdefault(candidate.run.layouts, []).append(candidate)
+        by_pair.setdefault(candidate.pair.with_equal_stages, []).append(candidate)
     ranking: list[Simulated] = []
     pruned: list[Candidate] = []
     for sizes in by_pair.values():
         best = min((done.seconds for done in ranking), default=float("inf"))
-        if sizes[0].bound.total >= best or len(ranking) == MAX_SIMULATIONS:
+        if sizes[0].least_seconds >= best or len(ranking) == MAX_SIMULATIONS:
             pruned.append(sizes[0])
         else:
             first = FIRST_TOKENS[sizes[0].run.mixed_steps]
             ranking.append(rank(min(sizes, key=lambda size: abs(size.run.max_num_batched_tokens - first))))
     ranking.sort(key=lambda done: done.seconds)
     for i, finalist in enumerate(ranking[:NUM_FINALISTS]):
-        ranking[i] = _tuned(finalist, by_pair[finalist.candidate.run.layouts], rank)
+        ranking[i] = _best_split(_tuned(finalist, by_pair[finalist.candidate.pair.with_equal_stages], rank), rank)
     ranking.sort(key=lambda done: done.seconds)
     return ranking, pruned
 
@@ -183,12 +185,21 @@ def _tuned(first: Simulated, sizes: list[Candidate], rank: Callable[[Candidate],
     best = first
     for others in (sizes[:middle][::-1], sizes[middle + 1 :]):
         for size in others:
-            if size.bound.total >= best.seconds or (done := rank(size)).seconds >= best.seconds:
+            if size.least_seconds >= best.seconds or (done := rank(size)).seconds >= best.seconds:
                 break
             best = done
         if best is not first:
             break
     return best
+
+
+def _best_split(first: Simulated, rank: Callable[[Candidate], Simulated]) -> Simulated:
+    """Of `first` and the other way to split its layers, the one with equal stages unless the other gains something."""
+    if first.candidate.alternative is None:
+        return first
+    both = (first, rank(first.candidate.alternative))
+    equal, unequal = both if first.candidate.pair.has_equal_stages else both[::-1]
+    return unequal if unequal.seconds < (1 - LEAST_GAIN) * equal.seconds else equal
 
 
 def simulate(

@@ -21,7 +21,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "speedup": plan.speedup,
         "ranking": [_simulated_json(simulated) for simulated in plan.ranking],
         "pruned": [
-            {"layouts": candidate.run.layouts, "at_least_seconds": candidate.bound.total} for candidate in plan.pruned
+            {"layouts": candidate.run.layouts, "at_least_seconds": candidate.least_seconds} for candidate in plan.pruned
         ],
         "rejected": [{"layouts": rejected.layouts, "reason": rejected.reason} for rejected in plan.rejected],
     }
@@ -44,6 +44,10 @@ def _simulated_json(simulated: Simulated) -> dict[str, Any]:
         "mixed_steps": run.mixed_steps,
         "weight_reshard": run.weight_reshard,
         "memory_gib": _memory_gib(simulated.candidate),
+        "stages": {
+            phase.value: {"layers": list(stages.num_layers), "seconds": list(stages.seconds)}
+            for phase, stages in simulated.candidate.stages.items()
+        },
     }
 
 
@@ -73,26 +77,32 @@ def _memory_gib(candidate: Candidate) -> dict[str, float]:
 
 def plan_table(plan: Plan) -> str:
     """The plan as text: seconds by part, memory by part, and why each loser loses."""
-    lines = [
-        f"{'layouts':<16}{'req/s':>8}{'prefill s':>11}{'decode s':>10}{'switch s':>10}{'batch':>7}{'riding':>8}  why"
-    ]
+    width = max(16, 2 + max(len(layouts) for layouts in _all_layouts(plan)))
+    columns = f"{'prefill s':>11}{'decode s':>10}{'switch s':>10}{'batch':>7}{'riding':>8}"
+    lines = [f"{'layouts':<{width}}{'req/s':>8}{columns}  why"]
     for simulated in plan.ranking:
         shown = plan.best if simulated.candidate is plan.best.candidate else simulated
         lines.append(
-            f"{shown.candidate.run.layouts:<16}{shown.requests_per_second:>8.3f}{shown.prefill_seconds:>11.1f}"
+            f"{shown.candidate.run.layouts:<{width}}{shown.requests_per_second:>8.3f}{shown.prefill_seconds:>11.1f}"
             f"{shown.decode_seconds:>10.1f}{shown.transition_seconds:>10.2f}{shown.simulated.mean_decode_batch:>7.0f}"
             f"{shown.simulated.riding_share:>8.0%}  {_why(shown, plan.best)}"
         )
     for candidate in plan.pruned:
         layouts, bound = candidate.run.layouts, candidate.bound
         lines.append(
-            f"{layouts:<16}{'':>8}{bound.prefill:>11.1f}{bound.decode:>10.1f}{bound.transition:>10.2f}{'':>15}"
-            f"  at least {bound.total:.1f} s by the closed form"
+            f"{layouts:<{width}}{'':>8}{bound.prefill:>11.1f}{bound.decode:>10.1f}{bound.transition:>10.2f}{'':>15}"
+            f"  at least {candidate.least_seconds:.1f} s by the closed form"
         )
     for rejected in plan.rejected:
-        lines.append(f"{rejected.layouts:<16}  cannot run: {textwrap.shorten(rejected.reason, _REASON_WIDTH)}")
-    lines += ["", _memory_line(plan.best.candidate), _static_line(plan)]
+        lines.append(f"{rejected.layouts:<{width}}  cannot run: {textwrap.shorten(rejected.reason, _REASON_WIDTH)}")
+    lines += ["", *_stage_lines(plan.best.candidate), _memory_line(plan.best.candidate), _static_line(plan)]
     return "\n".join(lines)
+
+
+def _all_layouts(plan: Plan) -> list[str]:
+    ran = [simulated.candidate.run.layouts for simulated in plan.ranking]
+    ran += [candidate.run.layouts for candidate in plan.pruned]
+    return ran + [rejected.layouts for rejected in plan.rejected]
 
 
 def _why(simulated: Simulated, best: Simulated) -> str:
@@ -106,6 +116,16 @@ def _why(simulated: Simulated, best: Simulated) -> str:
     }
     part = max(losses, key=lambda name: losses[name])
     return f"{part} +{losses[part]:.1f} s"
+
+
+def _stage_lines(candidate: Candidate) -> list[str]:
+    """A line for each phase that has pipeline stages."""
+    return [
+        f"stages of {candidate.pair[phase]} in {phase.value}, layers and ms of a typical step: "
+        + ", ".join(f"{layers} {1e3 * seconds:.2f}" for layers, seconds in zip(*stages, strict=True))
+        for phase, stages in candidate.stages.items()
+        if len(stages.seconds) > 1
+    ]
 
 
 def _memory_line(candidate: Candidate) -> str:

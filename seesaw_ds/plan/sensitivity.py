@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from seesaw_ds.config import RunConfig, dtype_name
+from seesaw_ds.config import RunConfig
 from seesaw_ds.errors import UserError
 from seesaw_ds.layout import LayoutPair
-from seesaw_ds.plan.bounds import InputTotals, bound_seconds
-from seesaw_ds.plan.candidates import Candidate, scheduler_limits
+from seesaw_ds.plan.bounds import InputTotals
+from seesaw_ds.plan.candidates import make_candidate
 from seesaw_ds.plan.hardware import HardwareProfile
-from seesaw_ds.plan.memory import size_pools
 from seesaw_ds.plan.planner import FIRST_TOKENS, RANKING, simulate
 from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.shapes import ModelShape
@@ -70,12 +69,9 @@ def _throughput(
         max_model_len=max(sum(length) for length in lengths),
         max_num_batched_tokens=FIRST_TOKENS[run.mixed_steps],
     )
+    totals = InputTotals.of(lengths)
     try:
-        pools = size_pools(settings, shape, hardware.memory_bytes)
+        candidate = make_candidate(settings, shape, hardware, totals)
     except UserError:
         return None
-    totals = InputTotals.of(lengths)
-    limits = scheduler_limits(settings, pools)
-    bound = bound_seconds(shape, hardware, pair, limits, totals, dtype_name(run, shape), settings.weight_reshard)
-    candidate = Candidate(settings, pools, limits, bound)
     return simulate(candidate, shape, hardware, totals, lengths, RANKING).requests_per_second

@@ -86,8 +86,7 @@ class _Replica:
         self._stage_free = [0.0] * costs[Phase.PREFILL].layout.pp
         self._group_ready = [0.0] * costs[Phase.PREFILL].layout.pp
         self._lanes = [CopyLanes(hardware) for _ in range(max(cost.layout.pp for cost in costs.values()))]
-        replica_size = costs[Phase.PREFILL].layout.replica_size
-        self._rank_block_bytes = limits.block_size * costs[Phase.PREFILL].kv_token_bytes / replica_size
+        self._rank_block_bytes = {phase: limits.block_size * cost.rank_kv_token_bytes for phase, cost in costs.items()}
 
     def run_ahead(self, now: float) -> None:
         """Execute whatever the scheduler wants done now."""
@@ -119,10 +118,10 @@ class _Replica:
         elif isinstance(action, PrefillBatch):
             self._prefill(action, now)
         elif isinstance(action, SwapIn):
-            num_bytes = len(action.host_block_ids) * self._rank_block_bytes
+            num_bytes = len(action.host_block_ids) * self._rank_block_bytes[self._phase]
             self._answer(self._lanes[0].copy_in(now, num_bytes), SwapInDone(action.seq_id))
         elif isinstance(action, Evict):
-            num_bytes = len(action.gpu_block_ids) * self._rank_block_bytes
+            num_bytes = len(action.gpu_block_ids) * self._rank_block_bytes[self._phase]
             self._answer(self._lanes[0].copy_out(now, num_bytes), EvictDone(action.seq_id))
         elif isinstance(action, SwitchPhase):
             self._switch(action, now)
@@ -166,7 +165,7 @@ class _Replica:
         self._answer(done, PrefillDone(batch.step_id, tuple(tokens)))
         for chunk in chunks:
             if chunk.host_block_ids:
-                num_bytes = len(chunk.host_block_ids) * self._rank_block_bytes
+                num_bytes = len(chunk.host_block_ids) * self._rank_block_bytes[self._phase]
                 done = max(self._lanes[stage].copy_out(end, num_bytes) for stage, end in enumerate(ends))
                 self._answer(done, SwapOutDone(chunk.seq_id))
 

@@ -40,7 +40,7 @@ def static_kv_tokens(
     """KV tokens that a replica has room for beside its weights and the activations of a step; 0 when there is none."""
     dtype = dtype_name(run, shape)
     itemsize = DTYPE_BYTES[dtype]
-    num_layers = layout.stage_layers(shape.num_layers)[0].size
+    num_layers = max(layers.size for layers in layout.stage_layers(shape.num_layers))
     table = shape.vocab_size * shape.hidden_size * itemsize / layout.tp
     weights = num_layers * shape.layer_parameters * itemsize / layout.tp + table * (2 if layout.pp == 1 else 1)
     width = 6 * shape.hidden_size + 3 * (shape.intermediate_size + shape.num_heads * shape.head_dim) / layout.tp

@@ -62,6 +62,11 @@ def test_tokens_equal_transformers_with_separated_phases(four_layers, layouts):
 
 
 @pytest.mark.parametrize("weight_reshard", ["exchange", "host"])
-@pytest.mark.parametrize("layouts", ["P2->T2", "P4->T4"])
+@pytest.mark.parametrize("layouts", ["P2->T2", "P4->T4", "P2[1,4]->T2", "P4[1,2,1,1]->T2P2[4,1]"])
 def test_tokens_equal_transformers_with_stages_of_unequal_depth(five_layers, layouts, weight_reshard):
     check_layouts(five_layers, layouts, weight_reshard, mixed_steps=True)
+
+
+@pytest.mark.parametrize("layouts", ["P2[4,1]", "P2->P2[4,1]"])
+def test_tokens_equal_transformers_with_one_pipeline_of_unequal_stages(five_layers, layouts):
+    check_layouts(five_layers, layouts, "exchange", mixed_steps=True)

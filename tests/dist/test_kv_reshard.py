@@ -71,6 +71,11 @@ def test_blocks_on_the_devices_change_layout_in_place(monkeypatch, text, num_lay
     run_ranks(LayoutPair.parse(text).world_size, exchange_rank, text, num_layers, False)
 
 
+@pytest.mark.parametrize("text", ["P2[1,4]->T2", "P2[4,1]->P2[2,3]", "P4[1,2,1,1]->T2P2[4,1]"])
+def test_blocks_change_between_stages_of_other_depths(text):
+    run_ranks(LayoutPair.parse(text).world_size, exchange_rank, text, 5, False)
+
+
 @pytest.mark.parametrize("text", ["P2->T2", "P4->T4", "T2P2->T4"])
 def test_blocks_change_layout_through_host_memory(monkeypatch, text):
     monkeypatch.setattr("seesaw_ds.kv.exchange._BATCH_BYTES", 1)
@@ -105,7 +110,9 @@ def reshard_rank(text: str) -> None:
     host_pool.close()
 
 
-@pytest.mark.parametrize("text", ["P2->T2", "T2->P2", "P4->T4", "T2P2->T4", "P4->T2P2"])
+@pytest.mark.parametrize(
+    "text", ["P2->T2", "T2->P2", "P4->T4", "T2P2->T4", "P4->T2P2", "P2[1,4]->P2[4,1]", "P4[1,2,1,1]->T2P2[4,1]"]
+)
 def test_ranks_hand_their_kv_over_through_shared_memory(text):
     run_ranks(LayoutPair.parse(text).world_size, reshard_rank, text)
 

@@ -113,6 +113,8 @@ def transit_ten_times(run: RunConfig) -> tuple[int, int, int]:
         *((layouts, 5, "exchange") for layouts in ("P2->T2", "T2->P2", "P2->P2", "T2", "P4->T4", "T2P2->T4")),
         *((layouts, 5, "exchange") for layouts in ("P4->T2P2", "D2P2->D2T2")),
         *((layouts, 5, "host") for layouts in ("P2->T2", "T2->P2", "T2", "T2P2->T4", "P4->T4", "D2P2->D2T2")),
+        *((layouts, 5, "exchange") for layouts in ("P2[1,4]->T2", "P2->P2[4,1]", "P4[1,1,2,1]->T2P2[4,1]")),
+        ("P4[1,1,2,1]->T2P2[4,1]", 5, "host"),
         ("P2->T2", 4, "exchange"),
         ("P4->T4", 4, "exchange"),
         ("P4->T2P2", 4, "host"),

@@ -48,8 +48,13 @@ def make_device_pool(layout: HostBlockLayout, phase: Phase, rank: int, num_block
     return DeviceKVPool(memory, shard, BLOCK_SIZE, HEAD_DIM)
 
 
-@pytest.mark.parametrize("text", LAYOUTS)
-@pytest.mark.parametrize("num_layers", [1, 4, 5, 6])
+UNEQUAL_STAGES = ["P2[1,4]->T2", "T2->P2[4,1]", "P4[2,1,1,1]->T2P2[1,4]", "P2[1,4]->P2[3,2]", "T2P3[1,3,1]->T3P2[4,1]"]
+
+
+@pytest.mark.parametrize(
+    ("text", "num_layers"),
+    [(text, num_layers) for num_layers in (1, 4, 5, 6) for text in LAYOUTS] + [(text, 5) for text in UNEQUAL_STAGES],
+)
 def test_prefill_shards_arrive_in_decode_shards(text, num_layers):
     layout = make_layout(text, num_layers)
     ranks = range(layout.layouts.replica_size)

@@ -7,9 +7,10 @@ import pytest
 from seesaw_ds.layout import LayoutPair, ParallelLayout, Phase, Range, RankCoords, Shard, split_evenly
 
 LAYOUTS = ["T1", "T4", "P3", "T2P2", "D2T2", "D3P2", "D2T4P3"]
+UNEQUAL_STAGES = ["P2[6,1]", "P1[7]", "T2P2[3,4]", "D2T2P3[1,4,2]"]
 
 
-@pytest.mark.parametrize("text", LAYOUTS)
+@pytest.mark.parametrize("text", LAYOUTS + UNEQUAL_STAGES)
 def test_text_is_read_and_written(text):
     assert str(ParallelLayout.parse(text)) == text
 
@@ -21,10 +22,35 @@ def test_sizes_of_one_and_the_order_of_letters_do_not_matter():
     assert (layout.replica_size, layout.world_size) == (4, 8)
 
 
-@pytest.mark.parametrize("text", ["", "T0", "T", "2T", "T2T2", "X2", "t2", "T2 P2", "T-1", "T2,P2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "T0", "T", "2T", "T2T2", "X2", "t2", "T2 P2", "T-1", "T2,P2"),
+        *("T2[3,1]", "P2[]", "P2[3,0]", "P2[3,1", "P2[3,1,]", "P2[3, 1]", "[3,1]", "P2[3,1][3,1]", "P2[3,1]P2"),
+    ],
+)
 def test_what_is_not_a_layout_is_refused_with_the_rule(text):
     with pytest.raises(ValueError, match=r"a layout is letters D, T, P with sizes, each at most once"):
         ParallelLayout.parse(text)
+
+
+@pytest.mark.parametrize(("text", "numbers"), [("P4[9,9,8]", 3), ("T2P1[3,1]", 2)])
+def test_each_stage_needs_its_number_of_layers(text, numbers):
+    with pytest.raises(ValueError, match=rf"numbers of layers, not {numbers}; give one for each stage"):
+        ParallelLayout.parse(text)
+
+
+def test_stages_have_the_layers_that_the_text_says():
+    layout = ParallelLayout.parse("D2T2P3[1,4,2]")
+    assert layout == ParallelLayout(2, 2, 3, (1, 4, 2)) != ParallelLayout(2, 2, 3)
+    assert layout.stage_layers(7) == (Range(0, 1), Range(1, 5), Range(5, 7))
+    assert layout.shard(11, 7, 8) == Shard(Range(5, 7), Range(4, 8))
+    assert layout.with_equal_stages == ParallelLayout(2, 2, 3)
+
+
+def test_stages_that_do_not_add_up_to_the_model_are_refused():
+    with pytest.raises(ValueError, match=r"P2\[3,1\]': the stages have 4 layers, but num_hidden_layers=5; change"):
+        ParallelLayout.parse("P2[3,1]").stage_layers(5)
 
 
 def test_ranks_count_the_tensor_axis_fastest_and_the_data_axis_slowest():
@@ -35,8 +61,10 @@ def test_ranks_count_the_tensor_axis_fastest_and_the_data_axis_slowest():
     assert [layout.rank(layout.coords(rank)) for rank in range(12)] == list(range(12))
 
 
-@pytest.mark.parametrize("text", LAYOUTS)
-@pytest.mark.parametrize("num_layers", [3, 4, 7])
+@pytest.mark.parametrize(
+    ("text", "num_layers"),
+    [(text, num_layers) for num_layers in (3, 4, 7) for text in LAYOUTS] + [(text, 7) for text in UNEQUAL_STAGES],
+)
 def test_a_replica_owns_every_layer_and_head_once(text, num_layers):
     layout = ParallelLayout.parse(text)
     for first in range(0, layout.world_size, layout.replica_size):
@@ -68,6 +96,11 @@ def test_pair_gives_each_phase_its_layout():
     assert not pair.is_static
     assert LayoutPair.parse("T2").is_static
     assert str(LayoutPair.parse("T2->T2")) == "T2"
+    assert str(LayoutPair.parse("P2[3,1]->P2[3,1]")) == "P2[3,1]"
+    assert not LayoutPair.parse("P2->P2[3,1]").is_static
+    unequal = LayoutPair.parse("P4[9,9,8,6]->T2P2[17,15]")
+    assert str(unequal) == "P4[9,9,8,6]->T2P2[17,15]"
+    assert unequal.with_equal_stages == LayoutPair.parse("P4->T2P2")
     assert Phase.PREFILL.other is Phase.DECODE
     assert Phase.DECODE.other is Phase.PREFILL
 

@@ -70,9 +70,25 @@ def test_a_block_takes_what_the_rank_and_phase_with_most_of_it_need():
     for layouts, layer_heads in (("P4->T4", 16), ("P2->T2", 32), ("T4", 14), ("P7->T7", 8)):
         shape = replace(seven_layers, num_kv_heads=7) if layouts == "P7->T7" else seven_layers
         one_part = 2 * 16 * 32 * 2  # keys and values of a layer and head: tokens, head_dim, bfloat16
-        assert kv_block_bytes(replace(RUN, layouts=layouts), shape, "bfloat16") == one_part * (
-            7 if layouts == "P7->T7" else layer_heads
-        ), layouts
+        run = replace(RUN, layouts=layouts)
+        of_ranks = [kv_block_bytes(run, shape, "bfloat16", rank) for rank in range(run.layout_pair.replica_size)]
+        assert max(of_ranks) == one_part * (7 if layouts == "P7->T7" else layer_heads), layouts
+
+
+def test_the_fullest_rank_bounds_the_pool():
+    shape = replace(SHAPE, vocab_size=8000)  # 8 MB a table, where a layer is 4.7 MB
+    sizes = {
+        layouts: size_pools(replace(RUN, layouts=layouts, gpu_memory_utilization=0.2), shape, GIB)
+        for layouts in ("P4", "P4[2,3,2,1]", "P4[3,2,2,1]", "P4[1,1,1,5]")
+    }
+    for layouts, num_layers, num_tables in (("P4[2,3,2,1]", 3, 0), ("P4[3,2,2,1]", 3, 2), ("P4[1,1,1,5]", 5, 2)):
+        device = sizes[layouts].device
+        assert device.weights == num_layers * SHAPE.layer_parameters * 2, layouts
+        assert device.kv == sizes[layouts].num_gpu_blocks * num_layers * ROW_BYTES // 8
+        assert device.embeddings == num_tables * 8000 * 512 * 2 + 17 * 512 * 2
+    blocks = [size.num_gpu_blocks for size in sizes.values()]
+    assert blocks == sorted(blocks, reverse=True)
+    assert len(set(blocks)) == 4
 
 
 def test_activations_have_room_for_the_rows_that_ride_in_a_micro_batch():
