@@ -86,6 +86,11 @@ class DecodeGroups:
         """Sequences marked to be evicted and not yet taken out."""
         return len(self._victims)
 
+    @property
+    def num_victim_blocks(self) -> int:
+        """Host blocks that those marked will take."""
+        return sum(len(seq.gpu_blocks) for seq in self._victims.values())
+
     def mark_victim(self, seq: Sequence) -> None:
         """Have `seq` evicted as soon as it has no step in flight."""
         self._victims[seq.seq_id] = seq
@@ -183,7 +188,7 @@ class DecodeGroups:
         """
         leaving = [seq for seq in self._pools.owners.values() if self._is_leaving(seq)]
         num_coming = sum(len(seq.gpu_blocks) for seq in leaving)
-        num_host_free = self._pools.host.num_free - sum(len(seq.gpu_blocks) for seq in self._victims.values())
+        num_host_free = self._pools.host.num_free - self.num_victim_blocks
         num_lacking = len(lacking)
         designated = self._pools.reserve.designated
         by_age = sorted(self.candidates(), key=lambda seq: (seq.seq_id != designated, seq.order))

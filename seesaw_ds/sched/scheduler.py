@@ -4,8 +4,9 @@ It follows the paper's section on transition-minimizing scheduling, and goes bey
 prefilled in one layout; their KV stays on the GPU where it is expected to have room to grow, else it goes to the host
 pool. The phase turns to decode when the next prompt finds no room in either (or none is left), and back when every
 sequence has moved to the GPU. What is beyond the paper: sequences on the GPU go on decoding during a prefill phase, as
-rows of its micro-batches (`SchedulerLimits.mixes_steps`), which are compute-bound and read the weights anyway. And where the
-phase would turn to decode, a `LayoutChooser` may have them decode on in the prefill layout (`seesaw_ds.sched.staying`).
+rows of its micro-batches (`SchedulerLimits.mixes_steps`), which are compute-bound and read the weights anyway. And
+where the phase would turn to decode, a `LayoutChooser` may have them decode on in the prefill layout
+(`seesaw_ds.sched.staying`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from seesaw_ds.sched.output import (
     EvictDone,
     Finished,
     PhaseSwitched,
-    PrefillBatch,
     PrefillDone,
     SchedulerLimits,
     SequenceSpec,
@@ -171,7 +171,7 @@ class Scheduler:
         pools = self._pools
         if pools.host.num_used < pools.gpu.num_used and self._decode.num_victims < _MOST_YIELDING:
             seq = self._residency.find_yielder(self._decode.candidates())
-            if seq is not None and len(seq.gpu_blocks) <= self._pools.host.num_free:
+            if seq is not None and len(seq.gpu_blocks) <= pools.host.num_free - self._decode.num_victim_blocks:
                 self._decode.mark_victim(seq)
 
     def _next_activate(self) -> Activate | None:

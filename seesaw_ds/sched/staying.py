@@ -1,8 +1,8 @@
 """Decoding on in the prefill layout where the phase could change: what is asked, and for how long the answer holds.
 
-When no prompt is left, or there is no room for one, the decode layout costs a transition, or two. Where the batch is large
-it may even be the slower one. So whoever knows what layouts cost may have the sequences decode where they are, and change
-only when few of them are left, or never::
+When no prompt is left, or there is no room for one, the decode layout costs a transition, or two. Where the batch is
+large it may even be the slower one. So whoever knows what layouts cost may have the sequences decode where they are,
+and change only when few of them are left, or never::
 
     live   160 ---------------------- 24 -------- 0      no prompt is left
     layout     prefill layout           | decode layout

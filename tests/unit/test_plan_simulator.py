@@ -11,6 +11,7 @@ from plan_cases import hardware, limits_of, pair, run_config, shape
 from seesaw_ds.layout import Phase
 from seesaw_ds.plan.bounds import InputTotals, bound_seconds
 from seesaw_ds.plan.cost import CostModel
+from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.simulator import Simulator, _Replica
 from seesaw_ds.plan.transfers import reshard_seconds
 from seesaw_ds.plan.workloads import RequestLength, workload_lengths
@@ -20,10 +21,18 @@ MODEL = shape("llama2-70b")
 A10 = hardware("a10")
 
 
-def simulate(layouts: str, lengths: list[RequestLength], host_gib: float = 640.0, unit: int = 1, **changes):
+def simulate(
+    layouts: str,
+    lengths: list[RequestLength],
+    host_gib: float = 640.0,
+    unit: int = 1,
+    machine: HardwareProfile = A10,
+    stays: bool = True,
+    **changes,
+):
     run = run_config(layouts, lengths, host_gib, **changes)
-    limits = limits_of(run, MODEL, A10)
-    return Simulator(MODEL, A10, pair(layouts), limits, unit=unit).run(lengths)
+    limits = limits_of(run, MODEL, machine)
+    return Simulator(MODEL, machine, pair(layouts), limits, unit=unit, stays=stays).run(lengths)
 
 
 def replica(layouts: str) -> _Replica:
@@ -100,7 +109,7 @@ def test_one_request_takes_its_prefill_and_its_steps_one_after_the_other():
 
 def test_a_small_host_pool_makes_transitions_that_cost_time():
     lengths = workload_lengths("arxiv", 60)
-    many = simulate("P8->T4P2", lengths, num_host_kv_blocks=2000)
+    many = simulate("P8->T4P2", lengths, num_host_kv_blocks=2000, stays=False)
     assert many.num_transitions > 3
     assert many.seconds > simulate("P8->T4P2", lengths).seconds
 

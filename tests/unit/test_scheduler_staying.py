@@ -1,9 +1,10 @@
-"""Decoding on in the prefill layout: when the scheduler asks, what it does with the answer, and that nothing is lost."""
+"""Decoding on in the prefill layout: when the scheduler asks, what it does then, and that nothing is lost."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -96,7 +97,7 @@ def test_the_layout_changes_for_the_last_sequences():
     # Asked again whenever a quarter has ended, and when as many are left as it said.
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] == 4
-    assert all(later >= size - -(-size // 4) for size, later in zip(sizes, sizes[1:]))
+    assert all(later >= size - -(-size // 4) for size, later in pairwise(sizes))
 
 
 def test_prompts_go_on_without_a_transition_while_the_pools_are_full():
