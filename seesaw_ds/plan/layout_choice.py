@@ -5,9 +5,10 @@ other has the run's own factors (`seesaw_ds.plan.corrections`) and lengths. The 
 other gains more than 5% of the seconds that are left.
 
 With no prompt left the choice is when to change: now, at any number of sequences left, or never. With prompts left the
-batch stays as full as it is whatever is chosen, for the host or the queue fills it up; what is compared is decoding all
-that the host holds, in the decode layout and with the transitions there and back, or in the prefill layout with none.
-There the plan itself stays only for a gain over 5%: prompts that are let in one by one make smaller micro-batches.
+batch stays as full as it is whatever is chosen, for the host or the queue fills it up. As many sequences have to be
+decoded as prompts are let in: in the decode layout for as many as the host holds at once, with the transitions there
+and back, or in the prefill layout with none, where prompts that are let in one by one leave bubbles. There the plan
+itself stays only for a gain over 5%.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from dataclasses import dataclass
 
 from seesaw_ds.layout import Phase
 from seesaw_ds.plan.corrections import Corrections, WorkKind
-from seesaw_ds.plan.cost import CostModel
-from seesaw_ds.plan.rundown import Room, Span, run_down
+from seesaw_ds.plan.cost import CostModel, add_work, chunk_work
+from seesaw_ds.plan.rundown import Refill, Room, Span, refill, run_down
 from seesaw_ds.plan.transfers import ReshardSeconds
 from seesaw_ds.sched.output import SchedulerLimits
 from seesaw_ds.sched.staying import LiveBatch, LiveSequence
@@ -57,7 +58,7 @@ class LayoutChoice:
         self.corrections = Corrections()
         self._costs = costs
         self._reshard = reshard
-        self._block_size = limits.block_size
+        self._limits = limits
         self._room = Room(limits.num_gpu_blocks * limits.block_size, limits.max_num_seqs)
         self._planned_mean_tokens = planned_mean_tokens
         self._unit = unit
@@ -85,8 +86,10 @@ class LayoutChoice:
         return best if is_changed else planned
 
     def _options(self, batch: LiveBatch, mean_tokens: float, corrections: Corrections) -> _Options:
-        spans = run_down(batch, mean_tokens, self._room)
-        return _Options(_Model(self._costs, self._reshard, self._block_size, corrections), spans, batch)
+        model = _Model(self._costs, self._reshard, self._limits, corrections)
+        if batch.num_prompts_left:
+            return _refill_options(model, refill(batch, mean_tokens))
+        return _rundown_options(model, run_down(batch, mean_tokens, self._room))
 
     def _in_tokens(self, batch: LiveBatch) -> LiveBatch:
         """The batch with all lengths in tokens, not units."""
@@ -95,7 +98,7 @@ class LayoutChoice:
             return tuple(LiveSequence(self._unit * stored, self._unit * most) for stored, most in sequences)
 
         mean_tokens = self._unit * batch.mean_tokens
-        return LiveBatch(scaled(batch.on_gpu), scaled(batch.on_host), mean_tokens, batch.has_prompts_left)
+        return LiveBatch(scaled(batch.on_gpu), scaled(batch.on_host), mean_tokens, batch.num_prompts_left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,49 +107,82 @@ class _Model:
 
     costs: Mapping[Phase, CostModel]
     reshard: ReshardSeconds
-    block_size: int
+    limits: SchedulerLimits
     corrections: Corrections
 
     def span_seconds(self, phase: Phase, span: Span) -> float:
         """All of a span's steps in the layout of `phase`."""
         cost = self.costs[phase]
-        context = span.most_context if cost.hardware.pads_decode else span.mean_context
-        once = cost.round_seconds(span.num_rows, span.num_rows * context)
+        once = cost.round_seconds(span.num_rows, span.num_rows * _context(cost, span))
         return span.num_steps * once * self.corrections.factor(WorkKind.step(phase))
+
+    def bubble_seconds(self, work: Refill) -> float:
+        """What its prompts cost more in a stay than in a prefill phase.
+
+        A group's next step waits until its last one is through all stages. So one long micro-batch in a round of short
+        steps makes the round as long as if all were long::
+
+            stage 0   g0g0g0 g1 g2          g0        the prompt rides with g0
+            stage 1          g0g0g0 g1 g2
+        """
+        cost, span = self.costs[Phase.PREFILL], work.span
+        num_groups = cost.layout.pp
+        num_chunks = -(-work.prompt_tokens // self.limits.max_num_batched_tokens)
+        rows = cost.group_work(-(-span.num_rows // num_groups), span.num_rows * _context(cost, span) / num_groups)
+        chunk = chunk_work(0, -(-work.prompt_tokens // num_chunks), True)
+        longer = max(cost.stage_seconds(add_work(chunk, rows))) - max(cost.stage_seconds(rows))
+        return work.num_prompts * (-num_chunks % num_groups) * longer * self.corrections.factor(WorkKind.MICRO_BATCH)
 
     def transition_seconds(self, to: Phase, num_gpu_tokens: int) -> float:
         """A transition with so many tokens of KV on the devices."""
-        seconds = self.reshard.to(to, num_gpu_tokens // self.block_size)
+        seconds = self.reshard.to(to, num_gpu_tokens // self.limits.block_size)
         return seconds * self.corrections.factor(WorkKind.transition(to))
 
 
-class _Options:
-    """Seconds of each choice for one batch. A choice is a number of sequences left by then, or None for now."""
+def _context(cost: CostModel, span: Span) -> float:
+    """The KV tokens that a row of the span's steps reads."""
+    return span.most_context if cost.hardware.pads_decode else span.mean_context
 
-    def __init__(self, model: _Model, spans: list[Span], batch: LiveBatch) -> None:
-        stays = [model.span_seconds(Phase.PREFILL, span) for span in spans]
-        switched = [model.span_seconds(Phase.DECODE, span) for span in spans]
-        num_gpu_tokens = sum(seq.num_stored_tokens for seq in batch.on_gpu)
-        self._seconds: dict[int | None, float] = {None: sum(switched)}
-        self._seconds[None] += model.transition_seconds(Phase.DECODE, num_gpu_tokens)
-        if batch.has_prompts_left:
-            self._seconds[None] += model.transition_seconds(Phase.PREFILL, num_gpu_tokens)
-        else:
-            before, after = stays[0], sum(switched[1:])
-            for i, span in enumerate(spans[1:], start=1):
-                transition = model.transition_seconds(Phase.DECODE, span.num_gpu_tokens)
-                self._seconds[span.num_left] = before + transition + after
-                before, after = before + stays[i], after - switched[i]
-        self._seconds[0] = sum(stays)
-        self._least_gain = LEAST_GAIN if batch.has_prompts_left else 0.0
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """Seconds by choice for one batch. A choice is a number of sequences left by then, or None for now.
+
+    Another choice than now must gain `least_gain` of the seconds.
+    """
+
+    by_choice: Mapping[int | None, float]
+    least_gain: float = 0.0
 
     def best(self) -> int | None:
         """The choice with the fewest seconds; of equal ones the one that changes first."""
-        best = min(self._seconds, key=lambda choice: self._seconds[choice])
-        return best if self._seconds[best] < (1 - self._least_gain) * self._seconds[None] else None
+        best = min(self.by_choice, key=lambda choice: self.by_choice[choice])
+        return best if self.by_choice[best] < (1 - self.least_gain) * self.by_choice[None] else None
 
     def seconds(self, choice: int | None) -> float:
         """Seconds of a choice, which may come from other options of the batch: the nearest here that changes later."""
         if choice is None:
-            return self._seconds[None]
-        return self._seconds[max(each for each in self._seconds if each is not None and each <= choice)]
+            return self.by_choice[None]
+        return self.by_choice[max(each for each in self.by_choice if each is not None and each <= choice)]
+
+
+def _refill_options(model: _Model, work: Refill) -> _Options:
+    """To the decode layout and back, or to stay."""
+    transitions = sum(model.transition_seconds(to, work.span.num_gpu_tokens) for to in Phase)
+    now = model.span_seconds(Phase.DECODE, work.span) + transitions
+    stay = model.span_seconds(Phase.PREFILL, work.span) + model.bubble_seconds(work)
+    return _Options({None: now, 0: stay}, LEAST_GAIN)
+
+
+def _rundown_options(model: _Model, spans: list[Span]) -> _Options:
+    """To change at the start of any span, or never."""
+    stays = [model.span_seconds(Phase.PREFILL, span) for span in spans]
+    switched = [model.span_seconds(Phase.DECODE, span) for span in spans]
+    before, after = 0.0, sum(switched)
+    by_choice: dict[int | None, float] = {}
+    for i, span in enumerate(spans):
+        transition = model.transition_seconds(Phase.DECODE, span.num_gpu_tokens)
+        by_choice[span.num_left if i else None] = before + transition + after
+        before, after = before + stays[i], after - switched[i]
+    by_choice[0] = before
+    return _Options(by_choice)

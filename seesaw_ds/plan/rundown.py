@@ -57,25 +57,43 @@ def tokens_to_go(sequences: Sequence[LiveSequence], mean_tokens: float) -> list[
     return [min(seq.num_remaining_tokens, int(stop)) for seq, stop in zip(sequences, stops, strict=True)]
 
 
-def run_down(live: LiveBatch, mean_tokens: float, room: Room) -> list[Span]:
-    """The spans until all have ended, or while prompts are left until the last one on the host has come to the GPU.
+class Refill(NamedTuple):
+    """`num_prompts` of about `prompt_tokens` tokens find room while the full GPU makes the steps of `span`."""
 
-    To the end, those on the host with most to go come first, as in the scheduler's end game; else the first ones do.
+    span: Span
+    num_prompts: int
+    prompt_tokens: int
+
+
+def refill(live: LiveBatch, mean_tokens: float) -> Refill:
+    """What is decoded, in whatever layout, for as many prompts to find room as the host holds sequences, or are left.
+
+    For each of them a sequence must have been decoded from its first token to its last. Those on the host have come
+    there from prefill, so they show what prompts and outputs are like.
     """
-    to_the_end = not live.has_prompts_left
+    samples = live.on_host or live.on_gpu
+    togo = tokens_to_go(samples, mean_tokens)
+    num_prompts = max(1, min(len(live.on_host), live.num_prompts_left))
+    num_rows = max(1, len(live.on_gpu))
+    num_steps = max(1, round(num_prompts * sum(togo) / len(togo) / num_rows))
+    contexts = [seq.num_stored_tokens for seq in live.on_gpu or samples]
+    span = Span(num_steps, num_rows, sum(contexts) / num_rows, max(contexts), live.num_sequences, sum(contexts))
+    return Refill(span, num_prompts, sum(seq.num_stored_tokens for seq in samples) // len(samples))
+
+
+def run_down(live: LiveBatch, mean_tokens: float, room: Room) -> list[Span]:
+    """The spans until all have ended. Those on the host with most to go come first, as in the scheduler's end game."""
     togo = tokens_to_go([*live.on_gpu, *live.on_host], mean_tokens)
     batch = _Batch(room)
     for seq, num_tokens in zip(live.on_gpu, togo, strict=False):
         batch.join(seq.num_stored_tokens, num_tokens)
     host = [(seq.num_stored_tokens, num) for seq, num in zip(live.on_host, togo[len(live.on_gpu) :], strict=True)]
-    host.sort(key=lambda seq: seq[1] if to_the_end else 0)
-    if not to_the_end:
-        host.reverse()  # the next one is the last of the list
+    host.sort(key=lambda seq: seq[1])
     spans: list[Span] = []
     while True:
         while host and batch.has_room(*host[-1]):
             batch.join(*host.pop())
-        if batch.num_rows == 0 or not (host or to_the_end):
+        if batch.num_rows == 0:
             return spans
         spans.append(batch.advance(len(host)))
 

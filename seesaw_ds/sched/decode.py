@@ -36,6 +36,11 @@ class DecodeGroups:
         """Whether a step with decode rows is unanswered."""
         return bool(self._batches)
 
+    @property
+    def is_next_group_busy(self) -> bool:
+        """Whether the group whose turn it is has as many steps in flight as it may."""
+        return self._num_in_flight[self._next_group] == _MAX_STEPS_IN_FLIGHT
+
     def members(self) -> Iterator[Sequence]:
         """The running sequences."""
         return (seq for group in self._groups for seq in group.values())

@@ -191,10 +191,13 @@ class Scheduler:
         return self._pools.start_evict(seq)
 
     def _next_prefill(self) -> Action | None:
-        if (batch := self._prefill.next_batch(self._num_steps)) is not None:
+        is_staying = self._staying.is_on(self._has_prompts_left())
+        # In a stay a micro-batch waits for the rows that are to ride in it: else it would delay them, and save nothing.
+        waits = is_staying and self._decode.is_next_group_busy
+        if not waits and (batch := self._prefill.next_batch(self._num_steps)) is not None:
             self._num_steps += 1
             return batch
-        decodes = self._decodes_in_prefill_layout()
+        decodes = self.limits.has_one_phase or is_staying  # decode steps go between the micro-batches
         if decodes and not self._prefill.is_pipeline_full and (step := self._next_step()) is not None:
             return step
         if (evict := self._next_evict()) is not None:
@@ -202,10 +205,6 @@ class Scheduler:
         if decodes or (reason := self._reason_to_decode()) is None:
             return None
         return self._stay_or_switch(reason) if self._staying.is_possible else self._switch(Phase.DECODE, reason)
-
-    def _decodes_in_prefill_layout(self) -> bool:
-        """Whether decode steps go between the micro-batches."""
-        return self.limits.has_one_phase or self._staying.is_on(self._has_prompts_left())
 
     def _has_prompts_left(self) -> bool:
         return self._prefill.head is not None or not self._prefill.is_input_closed
@@ -219,8 +218,7 @@ class Scheduler:
         return TransitionReason.NO_PROMPT_LEFT if self._prefill.is_input_closed else None
 
     def _stay_or_switch(self, reason: TransitionReason) -> Action | None:
-        has_prompts_left = reason is TransitionReason.HOST_FULL
-        batch = live_batch(self._pools.owners.values(), self._forecast.mean_tokens, has_prompts_left)
+        batch = live_batch(self._pools.owners.values(), self._forecast.mean_tokens, self._prefill.num_waiting)
         if batch.num_sequences == 0:
             return None  # the last tokens are under way
         if self._staying.begins(batch):

@@ -30,13 +30,13 @@ class LiveBatch(NamedTuple):
     """All sequences that are to decode when prefill cannot go on.
 
     `mean_tokens` is the mean number of tokens after which a sequence stops by itself, as known now, infinite if none
-    does. `has_prompts_left`: prompts wait for room, so that the prefill layout will be needed again.
+    does. `num_prompts_left` wait for room, so that the prefill layout will be needed again; maybe more are to come.
     """
 
     on_gpu: tuple[LiveSequence, ...]
     on_host: tuple[LiveSequence, ...]
     mean_tokens: float
-    has_prompts_left: bool
+    num_prompts_left: int
 
     @property
     def num_sequences(self) -> int:
@@ -44,7 +44,7 @@ class LiveBatch(NamedTuple):
         return len(self.on_gpu) + len(self.on_host)
 
 
-def live_batch(sequences: Iterable[Sequence], mean_tokens: float, has_prompts_left: bool) -> LiveBatch:
+def live_batch(sequences: Iterable[Sequence], mean_tokens: float, num_prompts_left: int) -> LiveBatch:
     """What decodes of `sequences`, which have all their prompts issued: all that have not ended or are about to."""
     on_gpu: list[LiveSequence] = []
     on_host: list[LiveSequence] = []
@@ -53,7 +53,7 @@ def live_batch(sequences: Iterable[Sequence], mean_tokens: float, has_prompts_le
             is_on_gpu = seq.slot is not None and seq.state is not SequenceState.EVICTING
             live = LiveSequence(seq.next_position, seq.spec.max_tokens - seq.num_issued_tokens)
             (on_gpu if is_on_gpu else on_host).append(live)
-    return LiveBatch(tuple(on_gpu), tuple(on_host), mean_tokens, has_prompts_left)
+    return LiveBatch(tuple(on_gpu), tuple(on_host), mean_tokens, num_prompts_left)
 
 
 class LayoutChooser(Protocol):
@@ -101,7 +101,7 @@ class Staying:
         num_sequences = batch.num_sequences
         assert 0 <= num_left < num_sequences
         self._num_ends_to_go = min(num_sequences - num_left, -(-num_sequences // _PARTS_BETWEEN_QUESTIONS))
-        self._has_prompts_left = batch.has_prompts_left
+        self._has_prompts_left = batch.num_prompts_left > 0
         self._has_stayed = True
         self.num_left = 0
         return True

@@ -84,7 +84,7 @@ def test_a_stay_to_the_end_makes_no_transition():
     assert scheduler.phase is Phase.PREFILL
     assert executor.counts["stay"] > 0
     assert scheduler.num_left_after_stay == 0
-    assert not any(batch.has_prompts_left for batch in chooser.asked)
+    assert not any(batch.num_prompts_left for batch in chooser.asked)
 
 
 def test_the_layout_changes_for_the_last_sequences():
@@ -105,8 +105,8 @@ def test_prompts_go_on_without_a_transition_while_the_pools_are_full():
     scheduler, executor = run(chooser, MANY_BATCHES, **SMALL)
     assert scheduler.transitions == []
     assert executor.counts["stay"] > 0
-    assert chooser.asked[0].has_prompts_left
-    assert not chooser.asked[-1].has_prompts_left
+    assert chooser.asked[0].num_prompts_left > 0
+    assert chooser.asked[-1].num_prompts_left == 0
     _, plain = run(None, MANY_BATCHES, **SMALL)
     assert plain.counts["SwitchPhase"] > 3
 
