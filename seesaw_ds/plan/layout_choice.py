@@ -88,7 +88,7 @@ class LayoutChoice:
     def _options(self, batch: LiveBatch, mean_tokens: float, corrections: Corrections) -> _Options:
         model = _Model(self._costs, self._reshard, self._limits, corrections)
         if batch.num_prompts_left:
-            return _refill_options(model, refill(batch, mean_tokens))
+            return _refill_options(model, refill(batch, mean_tokens, self._room))
         return _rundown_options(model, run_down(batch, mean_tokens, self._room))
 
     def _in_tokens(self, batch: LiveBatch) -> LiveBatch:

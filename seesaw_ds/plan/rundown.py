@@ -65,35 +65,45 @@ class Refill(NamedTuple):
     prompt_tokens: int
 
 
-def refill(live: LiveBatch, mean_tokens: float) -> Refill:
+def refill(live: LiveBatch, mean_tokens: float, room: Room) -> Refill:
     """What is decoded, in whatever layout, for as many prompts to find room as the host holds sequences, or are left.
 
     For each of them a sequence must have been decoded from its first token to its last. Those on the host have come
-    there from prefill, so they show what prompts and outputs are like.
+    there from prefill, so they show what prompts and outputs are like. But they may be short ones, and those on the GPU
+    long: it is at least what is decoded until the host is empty.
     """
     samples = live.on_host or live.on_gpu
     togo = tokens_to_go(samples, mean_tokens)
     num_prompts = max(1, min(len(live.on_host), live.num_prompts_left))
     num_rows = max(1, len(live.on_gpu))
-    num_steps = max(1, round(num_prompts * sum(togo) / len(togo) / num_rows))
+    num_tokens = num_prompts * sum(togo) / len(togo)
+    if num_prompts == len(live.on_host):
+        spans = run_down(live, mean_tokens, room, is_host_enough=True)
+        num_tokens = max(num_tokens, sum(span.num_steps * span.num_rows for span in spans))
+    num_steps = max(1, round(num_tokens / num_rows))
     contexts = [seq.num_stored_tokens for seq in live.on_gpu or samples]
     span = Span(num_steps, num_rows, sum(contexts) / num_rows, max(contexts), live.num_sequences, sum(contexts))
     return Refill(span, num_prompts, sum(seq.num_stored_tokens for seq in samples) // len(samples))
 
 
-def run_down(live: LiveBatch, mean_tokens: float, room: Room) -> list[Span]:
-    """The spans until all have ended. Those on the host with most to go come first, as in the scheduler's end game."""
+def run_down(live: LiveBatch, mean_tokens: float, room: Room, is_host_enough: bool = False) -> list[Span]:
+    """The spans until all have ended, or with `is_host_enough` until the last one has come from the host.
+
+    Those on the host with most to go come first, as in the scheduler's end game; else in their order.
+    """
     togo = tokens_to_go([*live.on_gpu, *live.on_host], mean_tokens)
     batch = _Batch(room)
     for seq, num_tokens in zip(live.on_gpu, togo, strict=False):
         batch.join(seq.num_stored_tokens, num_tokens)
     host = [(seq.num_stored_tokens, num) for seq, num in zip(live.on_host, togo[len(live.on_gpu) :], strict=True)]
-    host.sort(key=lambda seq: seq[1])
+    host.reverse()  # the next one is the last of the list
+    if not is_host_enough:
+        host.sort(key=lambda seq: seq[1])
     spans: list[Span] = []
     while True:
         while host and batch.has_room(*host[-1]):
             batch.join(*host.pop())
-        if batch.num_rows == 0:
+        if batch.num_rows == 0 or (is_host_enough and not host):
             return spans
         spans.append(batch.advance(len(host)))
 
