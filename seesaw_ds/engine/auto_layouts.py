@@ -39,7 +39,8 @@ def choose_layouts(run: RunConfig, world_size: int, node_size: int, overwrite: b
     constraints = _constraints(run, shape)
     plan = make_plan(run, shape, hardware, world_size, lengths, node_size, with_static=False, constraints=constraints)
     _explain(plan, hardware, time.monotonic() - start)
-    return plan.best.candidate.run
+    # The profile is named, so that the run goes on choosing by it.
+    return replace(plan.best.candidate.run, hardware=run.hardware or hardware.name)
 
 
 def _constraints(run: RunConfig, shape: ModelShape) -> Constraints:

@@ -32,11 +32,13 @@ class WorkKind(enum.Enum):
 # Whose factor stands in for one that is not known yet. Errors of a profile are mostly common to both layouts: a factor
 # for one of them alone would make it look worse than the other for having been tried.
 _KIN = {
+    WorkKind.MICRO_BATCH: (),
     WorkKind.PREFILL_LAYOUT_STEP: (WorkKind.DECODE_LAYOUT_STEP, WorkKind.MICRO_BATCH),
     WorkKind.DECODE_LAYOUT_STEP: (WorkKind.PREFILL_LAYOUT_STEP, WorkKind.MICRO_BATCH),
     WorkKind.TO_PREFILL: (WorkKind.TO_DECODE,),
     WorkKind.TO_DECODE: (WorkKind.TO_PREFILL,),
 }
+_TRANSITIONS = (WorkKind.TO_PREFILL, WorkKind.TO_DECODE)
 _MOST_SAMPLES = 31
 # The lower median of two transitions is the faster one, which leaves out a first one that had to warm up.
 _FEWEST_TRANSITIONS = 2
@@ -55,13 +57,13 @@ class Corrections:
 
     def factor(self, kind: WorkKind) -> float:
         """What to multiply predictions of `kind` by: its own factor, else that of its nearest kin, else 1."""
-        for each in (kind, *_KIN.get(kind, ())):
-            ratios = self._ratios[each]
-            is_step = each in (WorkKind.MICRO_BATCH, WorkKind.PREFILL_LAYOUT_STEP, WorkKind.DECODE_LAYOUT_STEP)
-            if len(ratios) >= (_FEWEST_STEPS if is_step else _FEWEST_TRANSITIONS):
-                return median_low(ratios)
-        return 1.0
+        known = self.known()
+        return next((known[each] for each in (kind, *_KIN[kind]) if each in known), 1.0)
 
     def known(self) -> dict[WorkKind, float]:
-        """The factors that were observed."""
-        return {kind: median_low(ratios) for kind, ratios in self._ratios.items() if ratios}
+        """The factors of kinds with enough samples."""
+        return {
+            kind: median_low(ratios)
+            for kind, ratios in self._ratios.items()
+            if len(ratios) >= (_FEWEST_TRANSITIONS if kind in _TRANSITIONS else _FEWEST_STEPS)
+        }

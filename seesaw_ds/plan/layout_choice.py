@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from seesaw_ds.layout import Phase
+from seesaw_ds.layout import LayoutPair, Phase
 from seesaw_ds.plan.corrections import Corrections, WorkKind
 from seesaw_ds.plan.cost import CostModel, add_work, chunk_work
 from seesaw_ds.plan.rundown import Refill, Room, Span, refill, run_down
@@ -27,17 +27,32 @@ from seesaw_ds.sched.staying import LiveBatch, LiveSequence
 
 LEAST_GAIN = 0.05
 """The share of the remaining seconds that leaving the plan's choice must gain."""
+# To change at once, as planned.
+_AS_ALWAYS = (True, False)
 
 
 @dataclass(frozen=True, slots=True)
-class ChangedChoice:
-    """A choice that differs from the plan's: both as `LayoutChooser` answers, with their seconds as corrected."""
+class Choice:
+    """What was chosen for a batch, and what else could have been; both as `LayoutChooser` answers.
+
+    `is_changed`: what was taken is not the plan's choice, which is the `other`; else that is to change at once. The
+    seconds until all are decoded, or with prompts left until as many have found room, are by the corrected model.
+    """
 
     num_sequences: int
-    planned_num_left: int | None
-    taken_num_left: int | None
-    planned_seconds: float
+    num_prompts_left: int
+    is_changed: bool
+    taken: int | None
     taken_seconds: float
+    other: int | None
+    other_seconds: float
+
+
+def choice_text(pair: LayoutPair, choice: int | None) -> str:
+    """A choice in words."""
+    if choice is None:
+        return f"decode in {pair.decode}"
+    return f"decode in {pair.prefill} until {choice} sequences are left" if choice else f"decode on in {pair.prefill}"
 
 
 class LayoutChoice:
@@ -62,13 +77,16 @@ class LayoutChoice:
         self._room = Room(limits.num_gpu_blocks * limits.block_size, limits.max_num_seqs)
         self._planned_mean_tokens = planned_mean_tokens
         self._unit = unit
-        self._was_changed = False
-        self._changes: list[ChangedChoice] = []
+        self._last_sort = _AS_ALWAYS
+        self._choices: list[Choice] = []
 
-    def take_changes(self) -> list[ChangedChoice]:
-        """Choices since the last call that differ from the plan's; the first of those that follow on each other."""
-        changes, self._changes = self._changes, []
-        return changes
+    def take_choices(self) -> list[Choice]:
+        """What was chosen since the last call, but for changes of layout as planned.
+
+        Of choices of one sort that follow on each other it is the first: stays as planned, or what is not as planned.
+        """
+        choices, self._choices = self._choices, []
+        return choices
 
     def num_left_to_switch(self, batch: LiveBatch) -> int | None:
         """As `LayoutChooser` says."""
@@ -77,13 +95,16 @@ class LayoutChoice:
         planned = self._options(batch, self._planned_mean_tokens, Corrections()).best()
         now = self._options(batch, batch.mean_tokens, self.corrections)
         best = now.best()
-        planned_seconds, best_seconds = now.seconds(planned), now.seconds(best)
-        is_changed = planned_seconds - best_seconds > LEAST_GAIN * planned_seconds
-        if is_changed and not self._was_changed:
-            change = ChangedChoice(batch.num_sequences, planned, best, planned_seconds, best_seconds)
-            self._changes.append(change)
-        self._was_changed = is_changed
-        return best if is_changed else planned
+        is_changed = now.seconds(planned) - now.seconds(best) > LEAST_GAIN * now.seconds(planned)
+        taken = best if is_changed else planned
+        other = planned if is_changed else None
+        sort = (taken is None, is_changed)
+        if sort != self._last_sort and sort != _AS_ALWAYS:
+            seconds = now.seconds(taken), now.seconds(other)
+            sizes = batch.num_sequences, batch.num_prompts_left
+            self._choices.append(Choice(*sizes, is_changed, taken, seconds[0], other, seconds[1]))
+        self._last_sort = sort
+        return taken
 
     def _options(self, batch: LiveBatch, mean_tokens: float, corrections: Corrections) -> _Options:
         model = _Model(self._costs, self._reshard, self._limits, corrections)

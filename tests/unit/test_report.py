@@ -46,6 +46,7 @@ def test_summary():
         "startup_seconds": {"load weights": 1.5},
         "transitions": 1,
         "evictions": 3,
+        "layout_changes": 1,
         "decode_steps": 12,
         "decode_rows": 300,
         "reshard": {
