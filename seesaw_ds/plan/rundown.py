@@ -70,16 +70,15 @@ def refill(live: LiveBatch, mean_tokens: float, room: Room) -> Refill:
 
     For each of them a sequence must have been decoded from its first token to its last. Those on the host have come
     there from prefill, so they show what prompts and outputs are like. But they may be short ones, and those on the GPU
-    long: it is at least what is decoded until the host is empty.
+    long: it is at least what is decoded until the host is empty, or a part of that.
     """
     samples = live.on_host or live.on_gpu
     togo = tokens_to_go(samples, mean_tokens)
     num_prompts = max(1, min(len(live.on_host), live.num_prompts_left))
     num_rows = max(1, len(live.on_gpu))
-    num_tokens = num_prompts * sum(togo) / len(togo)
-    if num_prompts == len(live.on_host):
-        spans = run_down(live, mean_tokens, room, is_host_enough=True)
-        num_tokens = max(num_tokens, sum(span.num_steps * span.num_rows for span in spans))
+    spans = run_down(live, mean_tokens, room, is_host_enough=True)
+    num_emptying = sum(span.num_steps * span.num_rows for span in spans) * num_prompts / max(1, len(live.on_host))
+    num_tokens = max(num_prompts * sum(togo) / len(togo), num_emptying)
     num_steps = max(1, round(num_tokens / num_rows))
     contexts = [seq.num_stored_tokens for seq in live.on_gpu or samples]
     span = Span(num_steps, num_rows, sum(contexts) / num_rows, max(contexts), live.num_sequences, sum(contexts))

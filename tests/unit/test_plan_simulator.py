@@ -114,6 +114,31 @@ def test_a_small_host_pool_makes_transitions_that_cost_time():
     assert many.seconds > simulate("P8->T4P2", lengths).seconds
 
 
+@pytest.mark.parametrize("changes", [{}, {"num_host_kv_blocks": 3000}], ids=["one filling", "many fillings"])
+def test_on_slow_links_a_large_batch_decodes_in_the_prefill_layout(changes):
+    lengths = workload_lengths("sharegpt", 300)
+    slow = A10.with_all_reduce_scaled(0.1)
+    at_once, choosing = (
+        simulate("P8->T8", lengths, machine=slow, max_num_batched_tokens=512, stays=stays, **changes)
+        for stays in (False, True)
+    )
+    assert choosing.seconds < 0.6 * at_once.seconds
+    assert 0 < choosing.num_left_after_stay < 100  # the last ones are still faster in the decode layout
+    assert choosing.num_transitions == 1
+    assert at_once.num_left_after_stay is None
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("layouts", ["P8->T8", "P8->T4P2", "T2P4->T8"])
+@pytest.mark.parametrize("workload", ["arxiv", "sharegpt"])
+def test_the_choice_costs_nothing_where_it_gains_little(scale, layouts, workload):
+    lengths = workload_lengths(workload, 150)
+    machine = A10.with_all_reduce_scaled(scale)
+    sizes = {"max_num_batched_tokens": 512, "num_host_kv_blocks": 3000}
+    at_once, choosing = (simulate(layouts, lengths, machine=machine, stays=stays, **sizes) for stays in (False, True))
+    assert choosing.seconds <= 1.02 * at_once.seconds
+
+
 def test_equal_inputs_give_equal_runs():
     lengths = workload_lengths("sharegpt", 100)
     assert simulate("P8->T4P2", lengths) == simulate("P8->T4P2", lengths)
