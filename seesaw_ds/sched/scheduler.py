@@ -170,7 +170,9 @@ class Scheduler:
         """
         pools = self._pools
         if pools.host.num_used < pools.gpu.num_used and self._decode.num_victims < _MOST_YIELDING:
-            seq = self._residency.find_yielder(self._decode.candidates())
+            # Not the designated one: all others may be waiting for its end.
+            running = (seq for seq in self._decode.candidates() if seq.seq_id != pools.reserve.designated)
+            seq = self._residency.find_yielder(running)
             if seq is not None and len(seq.gpu_blocks) <= pools.host.num_free - self._decode.num_victim_blocks:
                 self._decode.mark_victim(seq)
 
