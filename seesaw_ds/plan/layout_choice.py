@@ -4,11 +4,12 @@ Two predictions are compared. That of the plan has the cost model as it is and t
 other has the run's own factors (`seesaw_ds.plan.corrections`) and lengths. The plan's choice is left only where the
 other gains more than 5% of the seconds that are left.
 
-With no prompt left the choice is when to change: now, at any number of sequences left, or never. With prompts left the
-batch stays as full as it is whatever is chosen, for the host or the queue fills it up. As many sequences have to be
-decoded as prompts are let in: in the decode layout for as many as the host holds at once, with the transitions there
-and back, or in the prefill layout with none, where prompts that are let in one by one leave bubbles. There the plan
-itself stays only for a gain over 5%.
+With no prompt left the choice is when to change: now, at any number of sequences left, or never.
+
+With prompts left the batch stays as full as it is whatever is chosen, for the host or the queue fills it up. As many
+sequences have to be decoded as prompts are let in: in the decode layout for as many as the host holds at once, with the
+transitions there and back, or in the prefill layout with none, where prompts that are let in one by one leave bubbles.
+There the plan itself stays only for a gain over 5%.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from seesaw_ds.sched.staying import LiveBatch, LiveSequence
 
 LEAST_GAIN = 0.05
 """The share of the remaining seconds that leaving the plan's choice must gain."""
+# With no prompt left, what a stay must gain over changing at once: less is noise, and not worth a line of the log.
+_LEAST_LAST_GAIN = 0.005
 # To change at once, as planned.
 _AS_ALWAYS = (True, False)
 
@@ -173,7 +176,7 @@ class _Options:
     """
 
     by_choice: Mapping[int | None, float]
-    least_gain: float = 0.0
+    least_gain: float
 
     def best(self) -> int | None:
         """The choice with the fewest seconds; of equal ones the one that changes first."""
@@ -206,4 +209,4 @@ def _rundown_options(model: _Model, spans: list[Span]) -> _Options:
         by_choice[span.num_left if i else None] = before + transition + after
         before, after = before + stays[i], after - switched[i]
     by_choice[0] = before
-    return _Options(by_choice)
+    return _Options(by_choice, _LEAST_LAST_GAIN)
