@@ -33,7 +33,8 @@ class RunConfig:
     load_format             "auto": its safetensors; "dummy": random weights of its config's shape
     dtype                   of weights, activations and KV; "auto" is what the model's config says
     layouts                 "P2->T2" (prefill, decode), "T2" for the same in both phases; "auto" lets the planner choose
-    hardware                what "auto" plans for: a name in configs/hardware or a YAML file; None: the device's
+    hardware                what "auto" plans for: a name in configs/hardware or a YAML file; None: the device's. With
+                            two layouts, what the choice between them goes by while the run decodes; None: no choice
     weight_reshard          "exchange": between devices, in place; "host": from one copy in host memory
     max_model_len           longest prompt plus output
     max_num_seqs            most sequences decoding at once, in each replica
@@ -75,6 +76,11 @@ class RunConfig:
     def has_auto_layouts(self) -> bool:
         """Whether the layouts are still to be chosen."""
         return self.layouts == AUTO_LAYOUTS
+
+    @property
+    def may_stay(self) -> bool:
+        """Whether sequences may decode on in the prefill layout: a profile says what that costs, and there are two."""
+        return self.hardware is not None and self.mixed_steps and not self.layout_pair.is_static
 
     @property
     def layout_pair(self) -> LayoutPair:

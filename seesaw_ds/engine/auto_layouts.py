@@ -14,6 +14,7 @@ from seesaw_ds.engine.hardware import device_name, find_hardware, is_cpu
 from seesaw_ds.engine.input_lengths import input_lengths
 from seesaw_ds.plan.candidates import MICRO_BATCH_TOKENS, Constraints
 from seesaw_ds.plan.hardware import HardwareProfile
+from seesaw_ds.plan.layout_choice import choice_text
 from seesaw_ds.plan.planner import Plan, make_plan
 from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
@@ -39,7 +40,8 @@ def choose_layouts(run: RunConfig, world_size: int, node_size: int, overwrite: b
     constraints = _constraints(run, shape)
     plan = make_plan(run, shape, hardware, world_size, lengths, node_size, with_static=False, constraints=constraints)
     _explain(plan, hardware, time.monotonic() - start)
-    return plan.best.candidate.run
+    # The profile is named, so that the run goes on choosing by it.
+    return replace(plan.best.candidate.run, hardware=run.hardware or hardware.name)
 
 
 def _constraints(run: RunConfig, shape: ModelShape) -> Constraints:
@@ -57,6 +59,8 @@ def _rank_share_of_memory(node_size: int) -> int:
 
 def _explain(plan: Plan, hardware: HardwareProfile, seconds: float) -> None:
     best = plan.best
+    num_left = best.simulated.num_left_after_stay
+    stay = "" if num_left is None else f"{choice_text(best.candidate.pair, num_left)}; "
     others = [f"{done.candidate.run.layouts} {done.seconds:.1f} s" for done in plan.ranking[1:]]
     others += [f"{candidate.run.layouts} over {candidate.bound.total:.1f} s" for candidate in plan.pruned]
     if len(others) > NUM_LOSERS_NAMED:
@@ -65,7 +69,7 @@ def _explain(plan: Plan, hardware: HardwareProfile, seconds: float) -> None:
         others.append(f"{len(plan.rejected)} do not fit, such as {plan.rejected[0].layouts}: {plan.rejected[0].reason}")
     logger.info(
         "layouts=auto: %s, predicted %.1f s for %d sequences: prefill %.1f, decode %.1f at a mean batch of %.0f, "
-        "%d transitions %.1f (planned in %.1f s for hardware %s)",
+        "%d transitions %.1f (%splanned in %.1f s for hardware %s)",
         best.candidate.run.layouts,
         best.seconds,
         best.num_requests,
@@ -74,6 +78,7 @@ def _explain(plan: Plan, hardware: HardwareProfile, seconds: float) -> None:
         best.simulated.mean_decode_batch,
         best.simulated.num_transitions,
         best.transition_seconds,
+        stay,
         seconds,
         hardware.name,
     )

@@ -43,12 +43,22 @@ class _Sequence:
 
 
 class EngineCore:
-    """Drives one replica's scheduler. `send` gives a command to every worker of the replica, in order."""
+    """Drives one replica's scheduler. `send` gives a command to every worker of the replica, in order.
 
-    def __init__(self, scheduler: Scheduler, num_workers: int, send: Callable[[Command], None]) -> None:
+    `on_action` is told of each action as it is issued.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        num_workers: int,
+        send: Callable[[Command], None],
+        on_action: Callable[[actions.Action], None] | None = None,
+    ) -> None:
         self.scheduler = scheduler
         self._num_workers = num_workers
         self._send = send
+        self._on_action = on_action
         self._sequences: dict[int, _Sequence] = {}
         self._step_rows: dict[int, list[int]] = {}
         self._prefill_steps: dict[int, list[int]] = {}
@@ -96,6 +106,8 @@ class EngineCore:
         """Issue every action that can start now."""
         while (action := self.scheduler.schedule()) is not None:
             self._issue(action)
+            if self._on_action is not None:
+                self._on_action(action)
         if self._ended:
             self._send(Drop(self._ended))
             self._ended = []

@@ -156,6 +156,7 @@ class Frontend:
     def _on_progress(self, replica: int, progress: wire.Progress) -> None:
         self._metrics.set_host_blocks(replica, progress.host_blocks_used, progress.host_blocks_total)
         self._metrics.set_evictions(replica, progress.num_evictions)
+        self._metrics.set_layout_changes(replica, progress.num_layout_changes)
         self._metrics.set_decode_steps(replica, progress.num_decode_steps, progress.num_decode_rows)
         prompt_tokens, output_tokens = self._tokens_seen[replica]
         self._metrics.tokens_computed(progress.prompt_tokens - prompt_tokens, progress.output_tokens - output_tokens)

@@ -187,6 +187,7 @@ class Progress(msgspec.Struct, tag=True, frozen=True):
     host_blocks_used: int
     host_blocks_total: int
     num_evictions: int
+    num_layout_changes: int
     num_decode_steps: int
     num_decode_rows: int
     prompt_tokens: int

@@ -13,6 +13,7 @@ from seesaw_ds.batch.journal import ResultJournal
 from seesaw_ds.batch.manifest import Manifest, check_or_create, describe_run, manifest_path
 from seesaw_ds.checkpoint.cell_layout import check_cells, is_cells_folder
 from seesaw_ds.config import RunConfig, check_fit, dtype_name, max_model_len, parse_config
+from seesaw_ds.engine.hardware import find_hardware
 from seesaw_ds.errors import UserError
 from seesaw_ds.model.checkpoint import check_checkpoint
 from seesaw_ds.plan.memory import size_pools
@@ -54,6 +55,8 @@ def check_run(run: RunConfig, world_size: int) -> None:
     """
     shape = model_shape(read_hf_config(run.model))
     check_fit(run, shape, world_size)
+    if run.hardware is not None:
+        find_hardware(run.hardware)
     if not run.has_auto_layouts:
         # Pools given in blocks must hold a request on any machine; what memory allows is checked on the device.
         size_pools(run, shape, device_bytes=1 << 50)

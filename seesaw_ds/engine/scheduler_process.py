@@ -6,6 +6,7 @@ frontend  <- DEALER ->  this process  -- PUSH, one a worker -->  workers
 
 from __future__ import annotations
 
+import logging
 import time
 import traceback
 
@@ -15,6 +16,7 @@ import zmq
 from seesaw_ds.engine import addresses
 from seesaw_ds.engine import messages as wire
 from seesaw_ds.engine.core import EngineCore
+from seesaw_ds.engine.decode_layout import DecodeLayout
 from seesaw_ds.engine.lifeline import Lifeline
 from seesaw_ds.engine.process_id import ProcessId
 from seesaw_ds.engine.process_spec import ProcessSpec, read_spec
@@ -55,6 +57,7 @@ class SchedulerProcess:
         self._from_worker = msgspec.msgpack.Decoder(wire.WorkerResult)
         self._from_frontend = msgspec.msgpack.Decoder(wire.SchedulerRequest)
         self._core: EngineCore | None = None
+        self._decode_layout: DecodeLayout | None = None
         self._is_waiting_for_input = False
         self._finish_deadline: float | None = None
         self._phase = Phase.PREFILL
@@ -99,8 +102,12 @@ class SchedulerProcess:
             is_static=self._layouts.is_static,
         )
         shape = model_shape(read_hf_config(self._config.model))
-        scheduler = Scheduler(limits, shape.pairs_per_token, self._config.expected_output_tokens)
-        self._core = EngineCore(scheduler, len(self._commands), self._to_workers)
+        chooser = on_action = None
+        if self._config.may_stay:
+            self._decode_layout = DecodeLayout(self._config, shape, limits)
+            chooser, on_action = self._decode_layout.choice, self._decode_layout.times.issued
+        scheduler = Scheduler(limits, shape.pairs_per_token, self._config.expected_output_tokens, chooser)
+        self._core = EngineCore(scheduler, len(self._commands), self._to_workers, on_action)
         self._to_frontend(wire.SchedulerReady(num_gpu_blocks, first.num_host_blocks))
 
     def _receive(self, poller: zmq.Poller) -> None:
@@ -117,6 +124,8 @@ class SchedulerProcess:
         core = self._core
         assert core is not None
         core.run_ahead()
+        if self._decode_layout is not None:
+            self._decode_layout.log_choices()
         results = core.take_results()
         if results:
             self._to_frontend(wire.Results(results))
@@ -150,6 +159,8 @@ class SchedulerProcess:
         assert core is not None
         if isinstance(message, wire.StepDone):
             self._last_step = time.monotonic()
+            if self._decode_layout is not None:
+                self._decode_layout.times.step_ended(message.step_id, self._last_step)
             core.on_step(message)
         elif isinstance(message, wire.SwapOutDone):
             core.on_swap_out(message)
@@ -168,8 +179,10 @@ class SchedulerProcess:
         if self._core.on_switch(message):
             self._phase = message.to
             # The switch is issued while the last steps still run: the transition begins when they are done.
-            start = max(self._switch_start, self._last_step)
-            self._to_frontend(wire.PhaseChanged(message.to, start, time.monotonic(), self._switch_bytes))
+            start, end = max(self._switch_start, self._last_step), time.monotonic()
+            if self._decode_layout is not None:
+                self._decode_layout.times.switched(message.to, end - start)
+            self._to_frontend(wire.PhaseChanged(message.to, start, end, self._switch_bytes))
             self._switch_bytes = 0
             self._send_progress()
 
@@ -187,6 +200,7 @@ class SchedulerProcess:
                 host_blocks_used=stats.num_host_blocks_used,
                 host_blocks_total=stats.num_host_blocks,
                 num_evictions=stats.num_evictions,
+                num_layout_changes=0 if self._decode_layout is None else self._decode_layout.num_changes,
                 num_decode_steps=core.num_decode_steps,
                 num_decode_rows=core.num_decode_rows,
                 prompt_tokens=core.num_prompt_tokens,
@@ -209,6 +223,8 @@ def main() -> None:
     """Entry point of the process; its spec comes on standard input."""
     spec = read_spec()
     name = f"scheduler {spec.replica}"
+    logging.basicConfig(level=logging.WARNING, format=f"[{name}] %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("seesaw_ds").setLevel(logging.INFO)
     lifeline = Lifeline(spec.run_id, ProcessId.of(name))
     lifeline.install_signal_handlers()
     for process in spec.watch:

@@ -56,6 +56,7 @@ class ReplicaMetrics:
     seconds: dict[Activity, float] = field(default_factory=lambda: dict.fromkeys(Activity, 0.0))
     num_transitions: int = 0
     num_evictions: int = 0
+    num_layout_changes: int = 0
     num_decode_steps: int = 0
     num_decode_rows: int = 0
     host_blocks_used: int = 0
@@ -143,6 +144,10 @@ class RunMetrics:
         """The evictions of a replica since the start."""
         self.replicas[replica].num_evictions = num_evictions
 
+    def set_layout_changes(self, replica: int, num_changes: int) -> None:
+        """How often a replica has decoded in another layout than its plan says since the start."""
+        self.replicas[replica].num_layout_changes = num_changes
+
     def set_decode_steps(self, replica: int, num_steps: int, num_rows: int) -> None:
         """A replica's decode steps since the start, each pipeline group's counted as one, and their rows.
 
@@ -186,6 +191,11 @@ class RunMetrics:
     @property
     def num_decode_rows(self) -> int:
         return sum(state.num_decode_rows for state in self.replicas)
+
+    @property
+    def num_layout_changes(self) -> int:
+        """Choices of a layout to decode in that were not the plan's, summed over replicas."""
+        return sum(state.num_layout_changes for state in self.replicas)
 
     @property
     def num_evictions(self) -> int:

@@ -19,8 +19,8 @@ def summary(metrics: RunMetrics) -> dict[str, Any]:
     end of the run; `num_requests` are the requests that this run answered with a result, and rates count only these.
     `num_failed` are those answered with an error, `resumed` those that an earlier run had finished. `phase_seconds`
     are means over replicas. `reshard.seconds` is the least of any rank's, for the others wait
-    in the exchange for the last to come; bytes are sums over ranks. Raises RuntimeError
-    before `RunMetrics.finish`.
+    in the exchange for the last to come; bytes are sums over ranks. `layout_changes` are choices of a layout to decode
+    in that differ from the plan's, by what the run had measured. Raises RuntimeError before `RunMetrics.finish`.
     """
     if metrics.finished is None:
         raise RuntimeError("the run has not finished: call RunMetrics.finish first")
@@ -46,6 +46,7 @@ def summary(metrics: RunMetrics) -> dict[str, Any]:
         "startup_seconds": {part: round(seconds, 6) for part, seconds in metrics.startup_seconds.items()},
         "transitions": metrics.num_transitions,
         "evictions": metrics.num_evictions,
+        "layout_changes": metrics.num_layout_changes,
         "decode_steps": metrics.num_decode_steps,
         "decode_rows": metrics.num_decode_rows,
         "reshard": {

@@ -6,7 +6,8 @@ as the two pools allow. Copies are free.
 
 With mixed steps as many decode rows as are on the GPU ride in every micro-batch. They cost what they add to it: in
 compute-bound micro-batches their share of the matrices and the reading of their KV, but no reading of weights. The rest
-is decoded in the decode layout. The longest output's steps take their time one after the other in either layout.
+is decoded in whichever layout is faster for it. The longest output's steps take their time one after the other in
+either layout.
 """
 
 from __future__ import annotations
@@ -97,13 +98,17 @@ def bound_seconds(
         transition = reshard.to(Phase.DECODE) * num_cycles + reshard.to(Phase.PREFILL) * (num_cycles - 1)
         seconds = _prefill_seconds(prefill, limits, work, 0)
         return SecondsByPart(seconds, max(work.num_rows * row_seconds, alone), transition)
-    most = _most_riding_rows(limits, work, batch / pair.prefill.pp)
-    splits = []
-    for riding in (0.0, most / 2, most):
-        splits.append((_prefill_seconds(prefill, limits, work, riding), (work.num_rows - riding) * row_seconds))
-    seconds, rest = min(splits, key=sum)
     alone = min(alone, _alone_seconds(prefill, totals) * floor_steps)
-    return SecondsByPart(seconds, max(rest, alone - seconds), reshard.to(Phase.DECODE))
+    stay_seconds = _row_seconds(prefill, work, batch)
+    most = _most_riding_rows(limits, work, batch / pair.prefill.pp)
+    options = []
+    for riding in (0.0, most / 2, most):
+        seconds = _prefill_seconds(prefill, limits, work, riding)
+        # With a change of layout, sooner or later; and without one.
+        for once, transition in ((min(row_seconds, stay_seconds), reshard.to(Phase.DECODE)), (stay_seconds, 0.0)):
+            rest = (work.num_rows - riding) * once
+            options.append(SecondsByPart(seconds, max(rest, alone - seconds), transition))
+    return min(options, key=lambda option: option.total)
 
 
 def typical_steps(pair: LayoutPair, limits: SchedulerLimits, totals: InputTotals) -> dict[Phase, StepWork]:

@@ -211,6 +211,28 @@ class CostModel:
         seconds[-1] += self.head_seconds(work.num_rows)
         return seconds
 
+    def round_seconds(self, num_rows: int, num_context_tokens: float) -> float:
+        """Until each of `num_rows` sequences has its next token, with nothing but decode steps in the pipeline.
+
+        They read `num_context_tokens` KV tokens together, and are in as many groups as the layout has stages::
+
+            2 stages   stage 0   g0 g1 g0 g1     bound by the slowest stage, here, or by the way of a group through
+                       stage 1      g0 g1 g0     all stages and back
+        """
+        num_groups = min(self.layout.pp, num_rows)
+        work = self.group_work(-(-num_rows // num_groups), num_context_tokens / num_groups)
+        return num_groups * self.step_interval(work, num_groups)
+
+    def group_work(self, num_rows: int, num_context_tokens: float) -> StepWork:
+        """The work of a decode step whose rows read so many KV tokens together."""
+        return StepWork(num_tokens=num_rows, decode_context=round(num_context_tokens), num_rows=num_rows)
+
+    def step_interval(self, work: StepWork, num_groups: int) -> float:
+        """Between the ends of two steps that are alike, of `num_groups` groups that step in turn."""
+        stages = self.stage_seconds(work)
+        sends = (len(stages) - 1) * self.send_seconds(work.num_tokens)
+        return max(max(stages), (sum(stages) + sends + self.sample_seconds()) / num_groups)
+
     def send_seconds(self, num_tokens: int) -> float:
         """From one stage to the next: the activations of `num_tokens`; each of the TP ranks sends all of them."""
         num_bytes = num_tokens * self.shape.hidden_size * self.itemsize

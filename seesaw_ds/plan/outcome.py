@@ -11,7 +11,9 @@ class SimulatedRun:
 
     `prefill_seconds` are those of steps with prompt tokens in them, decode rows or not. `busy_share` is how much of the
     time the stages computed, over all replicas; `mean_decode_batch` counts the rows of a step that has any, averaged
-    over steps; `riding_share` is how many of all decode rows were in a step with prompt tokens.
+    over steps; `riding_share` is how many of all decode rows were in a step with prompt tokens. `num_left_after_stay`:
+    sequences decoded on in the prefill layout, when prefill stopped, until so many were left; 0: to the end; None: they
+    did not.
     """
 
     num_requests: int
@@ -24,6 +26,7 @@ class SimulatedRun:
     busy_share: float
     mean_decode_batch: float
     riding_share: float
+    num_left_after_stay: int | None = None
 
     @property
     def requests_per_second(self) -> float:

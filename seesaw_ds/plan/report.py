@@ -7,6 +7,7 @@ from typing import Any
 
 from seesaw_ds.plan.candidates import Candidate
 from seesaw_ds.plan.hardware import GIB
+from seesaw_ds.plan.layout_choice import choice_text
 from seesaw_ds.plan.planner import Plan, Simulated
 from seesaw_ds.plan.static_search import StaticPlan
 
@@ -38,6 +39,7 @@ def _simulated_json(simulated: Simulated) -> dict[str, Any]:
         "transition_seconds": simulated.transition_seconds,
         "transitions": simulated.simulated.num_transitions,
         "evictions": simulated.simulated.num_evictions,
+        "num_left_after_stay": simulated.simulated.num_left_after_stay,
         "mean_decode_batch": simulated.simulated.mean_decode_batch,
         "riding_share": simulated.simulated.riding_share,
         "max_num_batched_tokens": run.max_num_batched_tokens,
@@ -95,7 +97,8 @@ def plan_table(plan: Plan) -> str:
         )
     for rejected in plan.rejected:
         lines.append(f"{rejected.layouts:<{width}}  cannot run: {textwrap.shorten(rejected.reason, _REASON_WIDTH)}")
-    lines += ["", *_stage_lines(plan.best.candidate), _memory_line(plan.best.candidate), _static_line(plan)]
+    lines += ["", *_stay_lines(plan.best), *_stage_lines(plan.best.candidate)]
+    lines += [_memory_line(plan.best.candidate), _static_line(plan)]
     return "\n".join(lines)
 
 
@@ -126,6 +129,12 @@ def _stage_lines(candidate: Candidate) -> list[str]:
         for phase, stages in candidate.stages.items()
         if len(stages.seconds) > 1
     ]
+
+
+def _stay_lines(best: Simulated) -> list[str]:
+    """How the best candidate decodes where it is not in its decode layout from the end of prefill on."""
+    num_left = best.simulated.num_left_after_stay
+    return [] if num_left is None else [f"{best.candidate.run.layouts}: {choice_text(best.candidate.pair, num_left)}"]
 
 
 def _memory_line(candidate: Candidate) -> str:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from seesaw_ds.layout import LayoutPair, Phase
 from seesaw_ds.plan.cost import CostModel, StepWork, add_work, chunk_work
 from seesaw_ds.plan.hardware import HardwareProfile
+from seesaw_ds.plan.layout_choice import LayoutChoice
 from seesaw_ds.plan.outcome import SimulatedRun
 from seesaw_ds.plan.transfers import CopyLanes, ReshardSeconds, reshard_seconds
 from seesaw_ds.plan.workloads import RequestLength
@@ -60,6 +61,7 @@ class _Replica:
         reshard: ReshardSeconds,
         hardware: HardwareProfile,
         unit: int,
+        stays: bool = True,
     ) -> None:
         shape = costs[Phase.PREFILL].shape
         self._rounds = unit if limits.mixes_steps else 1  # real micro-batches in a simulated one
@@ -68,7 +70,8 @@ class _Replica:
             block_size=limits.block_size // unit,
             max_num_batched_tokens=limits.max_num_batched_tokens // unit * self._rounds,
         )
-        self.scheduler = Scheduler(unit_limits, max(1, shape.pairs_per_token // unit))
+        chooser = LayoutChoice(costs, reshard, limits, unit=unit) if stays and limits.may_stay else None
+        self.scheduler = Scheduler(unit_limits, max(1, shape.pairs_per_token // unit), layout_chooser=chooser)
         self.events: list[tuple[float, int, Event]] = []
         self.end = 0.0
         self.phase_seconds = dict.fromkeys(Phase, 0.0)
@@ -214,7 +217,8 @@ def _round_trip(cost: CostModel, seconds: list[float], send: float) -> float:
 class Simulator:
     """Runs requests through an engine of `pair` on `hardware`; `limits` are those of one replica.
 
-    The outputs run to the lengths given. `unit` is how many tokens to count as one; it divides the block size.
+    The outputs run to the lengths given. `unit` is how many tokens to count as one; it divides the block size. `stays`:
+    sequences may decode on in the prefill layout where that is predicted to be faster, as in a run with a profile.
     Raises ValueError when a request cannot fit the pools.
     """
 
@@ -225,6 +229,7 @@ class Simulator:
     dtype: str = "bfloat16"
     weight_reshard: str = "exchange"
     unit: int = 1
+    stays: bool = True
     _replicas: list[_Replica] = field(init=False, default_factory=list)
     _waiting: deque[SequenceSpec] = field(init=False, default_factory=deque)
 
@@ -234,7 +239,9 @@ class Simulator:
         reshard = reshard_seconds(
             self.shape, self.pair, self.hardware, self.dtype, self.weight_reshard, self.limits.block_size
         )
-        self._replicas = [_Replica(self.limits, costs, reshard, self.hardware, self.unit) for _ in range(self.pair.dp)]
+        self._replicas = [
+            _Replica(self.limits, costs, reshard, self.hardware, self.unit, self.stays) for _ in range(self.pair.dp)
+        ]
         self._waiting = deque(self._spec(i, length) for i, length in enumerate(lengths))
         self._deal()
         order: list[tuple[float, int]] = []
@@ -288,6 +295,7 @@ class Simulator:
             decode_seconds=last.phase_seconds[Phase.DECODE],
             transition_seconds=last.transition_seconds,
             num_transitions=len(last.scheduler.transitions),
+            num_left_after_stay=last.scheduler.num_left_after_stay,
             num_evictions=sum(replica.scheduler.stats().num_evictions for replica in self._replicas),
             busy_share=sum(replica.busy_seconds for replica in self._replicas) / (last.end * len(self._replicas)),
             mean_decode_batch=num_rows / num_steps if num_steps else 0.0,

@@ -36,6 +36,11 @@ class DecodeGroups:
         """Whether a step with decode rows is unanswered."""
         return bool(self._batches)
 
+    @property
+    def is_next_group_busy(self) -> bool:
+        """Whether the group whose turn it is has as many steps in flight as it may."""
+        return self._num_in_flight[self._next_group] == _MAX_STEPS_IN_FLIGHT
+
     def members(self) -> Iterator[Sequence]:
         """The running sequences."""
         return (seq for group in self._groups for seq in group.values())
@@ -87,19 +92,13 @@ class DecodeGroups:
         return len(self._victims)
 
     @property
-    def num_host_blocks_left(self) -> int:
-        """Host blocks that are free once those marked to be evicted are there."""
-        return self._pools.host.num_free - sum(len(seq.gpu_blocks) for seq in self._victims.values())
+    def num_victim_blocks(self) -> int:
+        """Host blocks that those marked will take."""
+        return sum(len(seq.gpu_blocks) for seq in self._victims.values())
 
     def mark_victim(self, seq: Sequence) -> None:
         """Have `seq` evicted as soon as it has no step in flight."""
         self._victims[seq.seq_id] = seq
-
-    def spare_victims(self) -> None:
-        """Let those go on running for whom the host has no room any more: prompts or other victims have taken it."""
-        num_host_free = self._pools.host.num_free
-        for seq in [seq for seq in self._victims.values() if len(seq.gpu_blocks) > num_host_free]:
-            del self._victims[seq.seq_id]
 
     def start_phase(self, num_stages: int) -> None:
         """Regroup for a pipeline of `num_stages`.
@@ -195,7 +194,7 @@ class DecodeGroups:
         """
         leaving = [seq for seq in self._pools.owners.values() if self._is_leaving(seq)]
         num_coming = sum(len(seq.gpu_blocks) for seq in leaving)
-        num_host_free = self.num_host_blocks_left
+        num_host_free = self._pools.host.num_free - self.num_victim_blocks
         num_lacking = len(lacking)
         designated = self._pools.reserve.designated
         by_age = sorted(self.candidates(), key=lambda seq: (seq.seq_id != designated, seq.order))

@@ -50,6 +50,11 @@ class SchedulerLimits:
         """Whether decode steps and micro-batches alternate freely, so that the phase never changes."""
         return self.mixes_steps and self.is_static
 
+    @property
+    def may_stay(self) -> bool:
+        """Whether sequences could decode on in the prefill layout, another than that of decode, once prefill stops."""
+        return self.mixes_steps and not self.is_static
+
 
 @dataclass(frozen=True, slots=True)
 class SequenceSpec:

@@ -161,7 +161,7 @@ class PrefillQueue:
         if seq.spec.max_tokens > 1:
             if self._residency.accepts(seq, self.transit_margin if self.num_waiting > 1 else 0):
                 return True
-            if not self._spills or num_blocks > pools.host.num_free:
+            if not self._spills or num_blocks > pools.host.num_free - self._groups.num_victim_blocks:
                 return None
         # Residents need what is free beyond that to grow.
         is_room = pools.num_transit_blocks == 0 or pools.num_transit_blocks + num_blocks <= self._transit_blocks()

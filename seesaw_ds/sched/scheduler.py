@@ -1,10 +1,12 @@
 """The transition-minimizing scheduler: prefill until the GPU and the host are full, decode until the host is empty.
 
-It follows the paper's section on transition-minimizing scheduling, and goes beyond it in one thing. Prompts are
+It follows the paper's section on transition-minimizing scheduling, and goes beyond it in two things. Prompts are
 prefilled in one layout; their KV stays on the GPU where it is expected to have room to grow, else it goes to the host
 pool. The phase turns to decode when the next prompt finds no room in either (or none is left), and back when every
 sequence has moved to the GPU. What is beyond the paper: sequences on the GPU go on decoding during a prefill phase, as
-rows of its micro-batches (`SchedulerLimits.mixes_steps`), which are compute-bound and read the weights anyway.
+rows of its micro-batches (`SchedulerLimits.mixes_steps`), which are compute-bound and read the weights anyway. And
+where the phase would turn to decode, a `LayoutChooser` may have them decode on in the prefill layout
+(`seesaw_ds.sched.staying`).
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ from seesaw_ds.sched.output import (
     EvictDone,
     Finished,
     PhaseSwitched,
-    PrefillBatch,
     PrefillDone,
     SchedulerLimits,
     SequenceSpec,
@@ -39,6 +40,7 @@ from seesaw_ds.sched.prefill import PrefillQueue
 from seesaw_ds.sched.residency import Residency
 from seesaw_ds.sched.sequence import Sequence, SequenceState
 from seesaw_ds.sched.stats import SchedulerStats, TransitionReason
+from seesaw_ds.sched.staying import LayoutChooser, Staying, live_batch
 
 _ON_GPU = (SequenceState.PREFILLING, SequenceState.SWAPPING_IN, SequenceState.RUNNING)
 # Sequences that make room for others at once.
@@ -52,13 +54,19 @@ class Scheduler:
     Pure: equal calls give equal actions. `pairs_per_token` weighs attention against the rest in prefill: the
     context length at which a token's attention costs as much as its linear layers, about (parameters of a
     layer) / (2 x heads x head_dim). `expected_output_tokens` is a first guess of the outputs' lengths, for inputs
-    whose `max_tokens` say little about them. `phase` is the phase entered last, `transitions` why each change
-    happened.
+    whose `max_tokens` say little about them. `layout_chooser` is asked before each change to decode, where steps are
+    mixed and there are two layouts; without one the change is made at once. `phase` is the phase entered last,
+    `transitions` why each change happened.
     """
 
     def __init__(
-        self, limits: SchedulerLimits, pairs_per_token: int = 8192, expected_output_tokens: int | None = None
+        self,
+        limits: SchedulerLimits,
+        pairs_per_token: int = 8192,
+        expected_output_tokens: int | None = None,
+        layout_chooser: LayoutChooser | None = None,
     ) -> None:
+        assert layout_chooser is None or limits.may_stay
         self.limits = limits
         self.phase = Phase.PREFILL
         self.transitions: list[TransitionReason] = []
@@ -67,6 +75,7 @@ class Scheduler:
         self._residency = Residency(self._pools, limits.block_size, self._forecast)
         self._decode = DecodeGroups(limits, self._pools)
         self._prefill = PrefillQueue(limits, self._pools, self._residency, self._decode, pairs_per_token)
+        self._staying = Staying(layout_chooser)
         self._to_activate: deque[Sequence] = deque()
         self._is_switching = False
         self._num_added = 0
@@ -144,7 +153,6 @@ class Scheduler:
             return activate
         if self._is_switching:
             return None
-        self._decode.spare_victims()
         # Nothing is in transit while the phase is decode.
         margin = self._prefill.transit_margin if self.phase is Phase.PREFILL else 0
         if self._prefill.is_input_closed and self._prefill.num_waiting == 0:
@@ -164,7 +172,7 @@ class Scheduler:
         pools = self._pools
         if pools.host.num_used < pools.gpu.num_used and self._decode.num_victims < _MOST_YIELDING:
             seq = self._residency.find_yielder(self._decode.candidates())
-            if seq is not None and len(seq.gpu_blocks) <= self._decode.num_host_blocks_left:
+            if seq is not None and len(seq.gpu_blocks) <= pools.host.num_free - self._decode.num_victim_blocks:
                 self._decode.mark_victim(seq)
 
     def _next_activate(self) -> Activate | None:
@@ -183,22 +191,43 @@ class Scheduler:
         seq.in_flight += 1
         return self._pools.start_evict(seq)
 
-    def _next_prefill(self) -> PrefillBatch | DecodeBatch | Evict | SwitchPhase | None:
-        if (batch := self._prefill.next_batch(self._num_steps)) is not None:
+    def _next_prefill(self) -> Action | None:
+        is_staying = self._staying.is_on(self._has_prompts_left())
+        # In a stay a micro-batch waits for the rows that are to ride in it: else it would delay them, and save nothing.
+        waits = is_staying and self._decode.is_next_group_busy
+        if not waits and (batch := self._prefill.next_batch(self._num_steps)) is not None:
             self._num_steps += 1
             return batch
-        step = None
-        if self.limits.has_one_phase and not self._prefill.is_pipeline_full:
-            step = self._next_step()
-        if (action := step or self._next_evict()) is not None:
-            return action
-        if self._prefill.has_chunks_left or self.limits.has_one_phase:
+        decodes = self.limits.has_one_phase or is_staying  # decode steps go between the micro-batches
+        if decodes and not self._prefill.is_pipeline_full and (step := self._next_step()) is not None:
+            return step
+        if (evict := self._next_evict()) is not None:
+            return evict
+        if decodes or (reason := self._reason_to_decode()) is None:
             return None
-        if not self._has_sequence_to_decode():
+        return self._stay_or_switch(reason) if self._staying.is_possible else self._switch(Phase.DECODE, reason)
+
+    def _has_prompts_left(self) -> bool:
+        return self._prefill.head is not None or not self._prefill.is_input_closed
+
+    def _reason_to_decode(self) -> TransitionReason | None:
+        """Why the phase is to change now, if it is."""
+        if self._prefill.has_chunks_left or not self._has_sequence_to_decode():
             return None
         if self._prefill.head is not None:
-            return None if self._is_in_flux() else self._switch(Phase.DECODE, TransitionReason.HOST_FULL)
-        return self._switch(Phase.DECODE, TransitionReason.NO_PROMPT_LEFT) if self._prefill.is_input_closed else None
+            return None if self._is_in_flux() else TransitionReason.HOST_FULL
+        return TransitionReason.NO_PROMPT_LEFT if self._prefill.is_input_closed else None
+
+    def _stay_or_switch(self, reason: TransitionReason) -> Action | None:
+        batch = live_batch(self._pools.owners.values(), self._forecast.mean_tokens, self._prefill.num_waiting)
+        if batch.num_sequences == 0:
+            return None  # the last tokens are under way
+        if self._staying.begins(batch):
+            self._residency.notice_room()
+            return self.schedule()
+        if self._staying.has_stayed and reason is TransitionReason.NO_PROMPT_LEFT:
+            reason = TransitionReason.FEW_LEFT
+        return self._switch(Phase.DECODE, reason)
 
     def _next_decode(self) -> DecodeBatch | SwitchPhase | None:
         if self._pools.host.num_used == 0 and self._can_prefill():
@@ -221,6 +250,7 @@ class Scheduler:
         self._is_switching = True
         self.transitions.append(reason)
         self._prefill.start_phase()
+        self._staying.start_phase()
         self._residency.start_phase(to)
         self._decode.start_phase(self.limits.prefill_stages if to is Phase.PREFILL else self.limits.decode_stages)
         blocks: list[int] = []
@@ -329,6 +359,7 @@ class Scheduler:
             self._decode.leave(seq)
         self._prefill.drop_chunks(seq)
         self._residency.drop(seq)
+        self._staying.count_end()
         seq.state = SequenceState.ENDED
         if 0 < seq.num_output_tokens < seq.spec.max_tokens:
             self._forecast.add_stopped()
@@ -342,6 +373,11 @@ class Scheduler:
             self._residency.notice_room()
 
     # Reports
+
+    @property
+    def num_left_after_stay(self) -> int | None:
+        """How many sequences were left when the last stay in the prefill layout ended; 0: to the end; None: no stay."""
+        return self._staying.num_left
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless all counts agree, each used block has one owner, and the reserve rule is kept."""

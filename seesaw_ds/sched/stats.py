@@ -9,10 +9,14 @@ from seesaw_ds.layout import Phase
 
 
 class TransitionReason(enum.Enum):
-    """Why the phase changed; the first two lead to decode, the last to prefill."""
+    """Why the phase changed; the last leads to prefill, the others to decode.
+
+    FEW_LEFT: no prompt was left, and the sequences decoded in the prefill layout until few of them were.
+    """
 
     HOST_FULL = "host_full"
     NO_PROMPT_LEFT = "no_prompt_left"
+    FEW_LEFT = "few_left"
     HOST_EMPTY = "host_empty"
 
 

@@ -45,19 +45,26 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
 
+class GraphPool:
+    """The memory of graphs that never run at once, whatever their executors. The first captured makes it."""
+
+    def __init__(self) -> None:
+        self.handle: Any = None
+
+
 class GraphExecutor:
-    """One graph for each size in `graph_sizes`; all share one memory pool, for one runs at a time.
+    """One graph for each size in `graph_sizes`; all share the memory of `pool`, for one runs at a time.
 
     The result of `run` is a tensor that the next run of that size overwrites. Graphs hold addresses: of weights in
     the arena, of KV pools, of the body's buffers. None of them moves at a transition, so graphs survive it.
     `after_capture` is called on every rank after each capture.
     """
 
-    def __init__(self, max_num_seqs: int, after_capture: Callable[[], None]) -> None:
+    def __init__(self, max_num_seqs: int, after_capture: Callable[[], None], pool: GraphPool) -> None:
         self._after_capture = after_capture
         self.sizes: Sequence[int] = graph_sizes(max_num_seqs)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._pool: Any = None
+        self._pool = pool
 
     def padded_size(self, num_rows: int) -> int:
         return next(size for size in self.sizes if size >= num_rows)
@@ -76,8 +83,8 @@ class GraphExecutor:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # The copy engines' threads go on calling CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool.handle, capture_error_mode="thread_local"):
             result = body(size)
-        self._pool = graph.pool()
+        self._pool.handle = graph.pool()
         self._after_capture()
         return graph, result

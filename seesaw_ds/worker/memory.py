@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # Decode graphs' own buffers, attention workspaces, copy engines' staging: seen to stay below.
 _GRAPH_BYTES = 3 * GIB // 2
+# The graphs of a second layout share the first one's buffers: what is assumed for the graphs themselves, not measured.
+_SECOND_GRAPHS_BYTES = GIB // 2
 
 
 def measure_kv_blocks(run: RunConfig, shape: ModelShape, block_bytes: int, arena: WeightArena) -> int:
@@ -28,7 +30,8 @@ def measure_kv_blocks(run: RunConfig, shape: ModelShape, block_bytes: int, arena
     outside_torch = total - free - torch.cuda.memory_reserved()
     logits = 2 * run.max_num_seqs * shape.vocab_size * 4
     budget = int(total * run.gpu_memory_utilization)
-    left = budget - outside_torch - allocated - activations - logits - _GRAPH_BYTES
+    graphs = _GRAPH_BYTES + (_SECOND_GRAPHS_BYTES if run.may_stay else 0)
+    left = budget - outside_torch - allocated - activations - logits - graphs
     num_blocks = max(0, left // block_bytes)
     torch.cuda.empty_cache()  # the prefill's buffers come back in another shape
     if dist.get_rank() == 0:
@@ -37,7 +40,7 @@ def measure_kv_blocks(run: RunConfig, shape: ModelShape, block_bytes: int, arena
             "embedding, LM head, workspaces": allocated - arena.nbytes,
             "KV": num_blocks * block_bytes,
             "activations": activations,
-            "graphs, logits": logits + _GRAPH_BYTES,
+            "graphs, logits": logits + graphs,
             "CUDA, NCCL": outside_torch,
             "left free": total - budget,
         }

@@ -22,6 +22,7 @@ from seesaw_ds.kv.exchange import KVExchange
 from seesaw_ds.kv.host_pool import HostKVPool
 from seesaw_ds.kv.layout import HostBlockLayout
 from seesaw_ds.layout import Phase, Shard
+from seesaw_ds.model.attention.interface import AttentionBackend
 from seesaw_ds.model.backends import choose_backends
 from seesaw_ds.model.build import build_stages, load_arena
 from seesaw_ds.model.checkpoint import check_checkpoint
@@ -42,7 +43,7 @@ from seesaw_ds.reshard.plan import WeightReshard, plan_reshard
 from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
 from seesaw_ds.worker.decode import DecodeRunner
-from seesaw_ds.worker.graphs import EagerExecutor, GraphExecutor
+from seesaw_ds.worker.graphs import EagerExecutor, GraphExecutor, GraphPool, StepExecutor
 from seesaw_ds.worker.memory import check_kv_blocks, measure_kv_blocks
 from seesaw_ds.worker.prefill import PrefillRunner
 from seesaw_ds.worker.slots import DecodingSlots, TokenFeedback
@@ -68,7 +69,7 @@ class StartUpTimer:
 
 @dataclass
 class Engine:
-    """All that a worker runs on."""
+    """All that a worker runs on. `decode` has a runner for each phase in which there are decode steps."""
 
     state: ParallelState
     stages: dict[Phase, DecoderStage]
@@ -79,7 +80,7 @@ class Engine:
     host_pool: HostKVPool
     slots: DecodingSlots
     prefill: PrefillRunner
-    decode: DecodeRunner
+    decode: dict[Phase, DecodeRunner]
     feedback: dict[Phase, TokenFeedback]
     links: tuple[PipelineLink, ...]
     pool_sizes: PoolSizes
@@ -166,7 +167,12 @@ class _EngineBuilder:
     def _choose_all_reduces(self) -> dict[Phase, AllReduce]:
         has_graphs = self._backends.has_graphs
         decode = choose_all_reduce(self._state[Phase.DECODE].tp, self._device, has_graphs)
-        prefill = decode if self._layouts.is_static else BackendAllReduce(self._state[Phase.PREFILL].tp)
+        if self._layouts.is_static:
+            prefill = decode
+        elif self._run.may_stay:
+            prefill = choose_all_reduce(self._state[Phase.PREFILL].tp, self._device, has_graphs)
+        else:
+            prefill = BackendAllReduce(self._state[Phase.PREFILL].tp)
         return {Phase.PREFILL: prefill, Phase.DECODE: decode}
 
     def _choose_transport(self) -> Transport:
@@ -244,10 +250,8 @@ class _EngineBuilder:
             get_accelerator().synchronize()
 
     def make_decode(self) -> None:
-        run = self._run
-        attention = self._backends.make_attention(
-            Phase.DECODE, self._layouts.decode.tp, run.max_num_seqs, run.max_num_seqs * self._max_blocks_per_seq
-        )
+        """Allocate the KV pools, of what memory is left beside the attention's workspaces, and make the runners."""
+        attentions = {phase: self._decode_attention(phase) for phase in self._decode_layouts()}
         num_blocks = self._num_kv_blocks()
         self._sizes = dataclasses.replace(self._sizes, num_gpu_blocks=num_blocks)
         self._kv_pools = self._pools(num_blocks + 1)  # one for DecodeRunner's padding
@@ -256,17 +260,44 @@ class _EngineBuilder:
         self._kv_exchange = KVExchange(
             self._layouts, self._kv_pools, shape.num_layers, shape.num_kv_heads, self._transport, state.replica_ranks
         )
-        after_capture = self._all_reduces[Phase.DECODE].after_capture
-        graphs = GraphExecutor(run.max_num_seqs, after_capture) if self._backends.has_graphs else EagerExecutor()
-        self._decode = DecodeRunner(
-            self._stages[Phase.DECODE],
-            self._links[Phase.DECODE],
+        graph_pool = GraphPool()
+        self._decode = {
+            phase: self._decode_runner(phase, attention, graph_pool) for phase, attention in attentions.items()
+        }
+        if self._layouts.is_static:
+            self._decode[Phase.PREFILL] = self._decode[Phase.DECODE]
+
+    def _decode_layouts(self) -> tuple[Phase, ...]:
+        """The phases in whose layouts there are decode steps; one stands for both where the layouts are the same."""
+        return (Phase.DECODE, Phase.PREFILL) if self._run.may_stay else (Phase.DECODE,)
+
+    def _most_rows(self, phase: Phase) -> int:
+        """The most rows of a decode step, in one group of the layout."""
+        return (
+            self._run.max_num_seqs if phase is Phase.DECODE else -(-self._run.max_num_seqs // self._layouts[phase].pp)
+        )
+
+    def _decode_attention(self, phase: Phase) -> tuple[AttentionBackend, ...]:
+        num_rows = self._most_rows(phase)
+        return self._backends.make_attention(
+            Phase.DECODE, self._layouts[phase].tp, num_rows, num_rows * self._max_blocks_per_seq
+        )
+
+    def _decode_runner(
+        self, phase: Phase, attention: tuple[AttentionBackend, ...], graph_pool: GraphPool
+    ) -> DecodeRunner:
+        executor: StepExecutor = EagerExecutor()
+        if self._backends.has_graphs:
+            executor = GraphExecutor(self._most_rows(phase), self._all_reduces[phase].after_capture, graph_pool)
+        return DecodeRunner(
+            self._stages[phase],
+            self._links[phase],
             self._rotary,
             attention,
-            graphs,
+            executor,
             self._slots,
-            self._feedback[Phase.DECODE],
-            self._kv_pools[Phase.DECODE],
+            self._feedback[phase],
+            self._kv_pools[phase],
             self._shape.hidden_size,
             self._device,
         )
@@ -305,8 +336,9 @@ class _EngineBuilder:
                 self._reshard.run(phase)
                 self._kv_exchange.run(phase, [0])
                 self._state.activate(phase)
+                if phase in self._decode_layouts():
+                    self._decode[phase].warm_up()
                 if phase is Phase.DECODE:
-                    self._decode.warm_up()
                     self._slots.warm_up(self._dtype)
         get_accelerator().synchronize()
 

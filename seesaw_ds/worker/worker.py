@@ -117,8 +117,8 @@ class Worker:
             self._submit_out(blocks, host_blocks, wire.SwapOutDone(self._rank, [chunk.seq_id for chunk in leaving]))
 
     def _run_decode(self, command: wire.Decode) -> None:
-        with self._steps.step(command.step_id, "decode", self._answers(Phase.DECODE)) as step:
-            step.sampled = self._engine.decode.run(command)
+        with self._steps.step(command.step_id, "decode", self._answers(self._phase)) as step:
+            step.sampled = self._engine.decode[self._phase].run(command)
 
     def _answers(self, phase: Phase) -> bool:
         """Whether this rank speaks for the steps of `phase`: one rank of the last stage does."""

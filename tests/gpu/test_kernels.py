@@ -135,12 +135,12 @@ def test_decode_attention_at_several_sizes(rule: AttentionRule) -> None:
 
 def test_a_captured_step_replays_with_a_new_plan() -> None:
     from seesaw_ds.model.attention.flashinfer_backend import FlashInferDecode
-    from seesaw_ds.worker.graphs import GraphExecutor
+    from seesaw_ds.worker.graphs import GraphExecutor, GraphPool
 
     device = torch.device("cuda")
     backend = FlashInferDecode(PLAIN, HEADS, KV_HEADS, HEAD_DIM, BLOCK, 4, 600, torch.bfloat16, device)
     reference = TorchAttention(PLAIN, BLOCK, device)
-    executor = GraphExecutor(4, lambda: None)
+    executor = GraphExecutor(4, lambda: None, GraphPool())
     pool = random(600, 3, 2, KV_HEADS, BLOCK, HEAD_DIM)
     queries = random(4, HEADS, HEAD_DIM)
     for kv_lens in ([900, 3, 250, 31], [17, 1000, 1, 500]):

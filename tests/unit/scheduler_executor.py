@@ -70,11 +70,17 @@ class Shadow:
 
 
 class ShadowExecutor:
-    """Runs `jobs` through a scheduler; `run` returns when all have ended."""
+    """Runs `jobs` through a scheduler; `run` returns when all have ended. `stays`: it has a layout chooser.
 
-    def __init__(self, scheduler: Scheduler, jobs: list[Job], seed: int, abort_rate: float = 0.0) -> None:
+    `counts` holds the actions of each kind, and as "stay" the decode steps in the prefill phase.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, jobs: list[Job], seed: int, abort_rate: float = 0.0, stays: bool = False
+    ) -> None:
         self.scheduler = scheduler
         self.limits = scheduler.limits
+        self.decodes_in_prefill = stays or scheduler.limits.has_one_phase
         self.random = random.Random(seed)
         self.abort_rate = abort_rate
         self.jobs = {job.spec.seq_id: job for job in jobs}
@@ -231,10 +237,11 @@ class ShadowExecutor:
 
     def _issue_DecodeBatch(self, batch: DecodeBatch) -> None:
         assert batch.rows
-        limits = self.limits
-        self._check_rows(
-            batch.rows, batch.group, limits.prefill_stages if limits.has_one_phase else limits.decode_stages
-        )
+        is_prefill = self.scheduler.phase is Phase.PREFILL
+        assert not is_prefill or self.decodes_in_prefill
+        self.counts["stay"] += is_prefill
+        num_groups = self.limits.prefill_stages if is_prefill else self.limits.decode_stages
+        self._check_rows(batch.rows, batch.group, num_groups)
         self._queue_batch(batch)
 
     def _check_rows(self, rows: tuple[DecodeRow, ...], group: int, num_groups: int) -> None:
@@ -356,7 +363,7 @@ class ShadowExecutor:
             self._execute_prefill(action)
         else:
             assert isinstance(action, DecodeBatch)
-            assert self.phase is Phase.DECODE or self.limits.has_one_phase
+            assert self.phase is Phase.DECODE or self.decodes_in_prefill
             self.compute_events.append(DecodeDone(action.step_id, tuple(self._execute_rows(action.rows))))
 
     def _reshard(self, block_ids) -> None:

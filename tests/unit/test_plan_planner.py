@@ -74,6 +74,16 @@ def test_what_was_pruned_could_not_have_won(plan_70b_a10):
         assert simulate(candidate, MODEL, A10, totals, ARXIV, RANKING).seconds > best
 
 
+def test_a_plan_says_how_long_it_decodes_in_the_prefill_layout(plan_70b_a10):
+    assert plan_json(plan_70b_a10)["best"]["num_left_after_stay"] is None
+    stay = replace(plan_70b_a10.best.simulated, num_left_after_stay=24)
+    plan = replace(plan_70b_a10, best=replace(plan_70b_a10.best, simulated=stay))
+    prefill = plan.best.candidate.pair.prefill
+    assert f"decode in {prefill} until 24 sequences are left" in plan_table(plan)
+    assert "sequences are left" not in plan_table(plan_70b_a10)
+    assert plan_json(plan)["best"]["num_left_after_stay"] == 24
+
+
 def test_a_device_that_holds_the_model_needs_no_resharding():
     lengths = workload_lengths("arxiv", 200)
     plan = make_plan(run_config("auto", lengths, 100.0), shape("llama3-8b"), hardware("h200-p2p-off"), 2, lengths)

@@ -11,6 +11,7 @@ from plan_cases import hardware, limits_of, pair, run_config, shape
 from seesaw_ds.layout import Phase
 from seesaw_ds.plan.bounds import InputTotals, bound_seconds
 from seesaw_ds.plan.cost import CostModel
+from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.simulator import Simulator, _Replica
 from seesaw_ds.plan.transfers import reshard_seconds
 from seesaw_ds.plan.workloads import RequestLength, workload_lengths
@@ -20,10 +21,18 @@ MODEL = shape("llama2-70b")
 A10 = hardware("a10")
 
 
-def simulate(layouts: str, lengths: list[RequestLength], host_gib: float = 640.0, unit: int = 1, **changes):
+def simulate(
+    layouts: str,
+    lengths: list[RequestLength],
+    host_gib: float = 640.0,
+    unit: int = 1,
+    machine: HardwareProfile = A10,
+    stays: bool = True,
+    **changes,
+):
     run = run_config(layouts, lengths, host_gib, **changes)
-    limits = limits_of(run, MODEL, A10)
-    return Simulator(MODEL, A10, pair(layouts), limits, unit=unit).run(lengths)
+    limits = limits_of(run, MODEL, machine)
+    return Simulator(MODEL, machine, pair(layouts), limits, unit=unit, stays=stays).run(lengths)
 
 
 def replica(layouts: str) -> _Replica:
@@ -100,9 +109,34 @@ def test_one_request_takes_its_prefill_and_its_steps_one_after_the_other():
 
 def test_a_small_host_pool_makes_transitions_that_cost_time():
     lengths = workload_lengths("arxiv", 60)
-    many = simulate("P8->T4P2", lengths, num_host_kv_blocks=2000)
+    many = simulate("P8->T4P2", lengths, num_host_kv_blocks=2000, stays=False)
     assert many.num_transitions > 3
     assert many.seconds > simulate("P8->T4P2", lengths).seconds
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_host_kv_blocks": 3000}], ids=["one filling", "many fillings"])
+def test_on_slow_links_a_large_batch_decodes_in_the_prefill_layout(changes):
+    lengths = workload_lengths("sharegpt", 300)
+    slow = A10.with_all_reduce_scaled(0.1)
+    at_once, choosing = (
+        simulate("P8->T8", lengths, machine=slow, max_num_batched_tokens=512, stays=stays, **changes)
+        for stays in (False, True)
+    )
+    assert choosing.seconds < 0.6 * at_once.seconds
+    assert 0 < choosing.num_left_after_stay < 100  # the last ones are still faster in the decode layout
+    assert choosing.num_transitions == 1
+    assert at_once.num_left_after_stay is None
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("layouts", ["P8->T8", "P8->T4P2", "T2P4->T8"])
+@pytest.mark.parametrize("workload", ["arxiv", "sharegpt"])
+def test_the_choice_costs_nothing_where_it_gains_little(scale, layouts, workload):
+    lengths = workload_lengths(workload, 150)
+    machine = A10.with_all_reduce_scaled(scale)
+    sizes = {"max_num_batched_tokens": 512, "num_host_kv_blocks": 3000}
+    at_once, choosing = (simulate(layouts, lengths, machine=machine, stays=stays, **sizes) for stays in (False, True))
+    assert choosing.seconds <= 1.02 * at_once.seconds
 
 
 def test_equal_inputs_give_equal_runs():

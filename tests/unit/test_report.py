@@ -21,6 +21,7 @@ def finished_metrics():
     metrics.request_done(prompt_tokens=500, output_tokens=40)
     metrics.request_failed()
     metrics.set_evictions(0, 3)
+    metrics.set_layout_changes(0, 1)
     metrics.set_decode_steps(0, 12, 300)
     metrics.set_rank(1, RankCounters(0.5, GIB, 2 * GIB, GIB, 8 * GIB, GIB))
     metrics.set_rank(0, RankCounters(0.75, 9, 9, 9, 9, 9))
@@ -46,6 +47,7 @@ def test_summary():
         "startup_seconds": {"load weights": 1.5},
         "transitions": 1,
         "evictions": 3,
+        "layout_changes": 1,
         "decode_steps": 12,
         "decode_rows": 300,
         "reshard": {

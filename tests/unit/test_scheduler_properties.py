@@ -14,6 +14,7 @@ from seesaw_ds.sched import residency
 from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.sched.output import SchedulerLimits, SequenceSpec
 from seesaw_ds.sched.scheduler import Scheduler
+from seesaw_ds.sched.staying import LiveBatch
 
 many = settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
@@ -58,6 +59,13 @@ def runs(draw):
         expected_output_tokens=draw(st.sampled_from([None, 1, 1, 8])),
     )
     return scheduler, jobs, seed
+
+
+class AlwaysStay:
+    """A layout chooser that never takes the decode layout."""
+
+    def num_left_to_switch(self, batch: LiveBatch) -> int | None:
+        return 0
 
 
 def check_empty(scheduler: Scheduler) -> None:
@@ -127,6 +135,33 @@ def test_aborts_leave_nothing_behind(run, abort_rate: float) -> None:
         job.spec.seq_id: job.expected for job in jobs if job.spec.seq_id not in executor.aborted
     }
     check_empty(scheduler)
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_sequences_change_places_in_the_end_game_while_the_pools_are_full(monkeypatch, stays: bool) -> None:
+    """Whoever makes room fits the host beside others that do, and is never the one whose end all wait for."""
+    monkeypatch.setattr(residency, "_YIELD_TOKENS", 1)
+    num_evictions = 0
+    for seed in range(40):
+        rng = random.Random(seed)
+        lengths = [(rng.randint(1, 12), rng.randint(2, 40)) for _ in range(rng.randint(4, 20))]
+        jobs = [Job(SequenceSpec(i, prompt, tokens), (0,) * tokens) for i, (prompt, tokens) in enumerate(lengths)]
+        limits = SchedulerLimits(
+            block_size=2,
+            num_gpu_blocks=rng.choice([30, 40, 60]),
+            num_host_blocks=rng.choice([27, 28, 30, 40]),
+            max_num_seqs=rng.choice([3, 6, 12]),
+            max_num_batched_tokens=16,
+            prefill_stages=2,
+            decode_stages=1,
+        )
+        scheduler = Scheduler(limits, layout_chooser=AlwaysStay() if stays else None)
+        executor = ShadowExecutor(scheduler, jobs, seed, stays=stays)
+        executor.run()
+        assert executor.finished == {job.spec.seq_id: job.expected for job in jobs}
+        check_empty(scheduler)
+        num_evictions += executor.counts["Evict"]
+    assert num_evictions > 100
 
 
 @pytest.mark.parametrize(
