@@ -61,7 +61,7 @@ class BatchJob:
     """One run over a batch file. Every line of it that is not done already ends as one record of `journal`.
 
     `seed` is the run's; requests that give none get one from it and their custom_id, so a resumed run samples
-    the same tokens.
+    the same tokens. `num_opened` are the lines taken up so far, `is_exhausted` whether these are all.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class BatchJob:
         self._vocab_size = vocab_size
         self._sequences: dict[int, _OpenSequence] = {}
         self._next_seq_id = 0
+        self.num_opened = 0
         self.is_exhausted = False
 
     @property
@@ -101,6 +102,7 @@ class BatchJob:
             if line is None:
                 self.is_exhausted = True
             elif not self._journal.is_done(line.key):
+                self.num_opened += 1
                 taken.extend(self._open(line))
         return taken
 

@@ -2,7 +2,7 @@
 
     workers -- PUSH (spans, counters) --> this process <-- ROUTER/DEALER --> schedulers, one a replica
 
-A replica asks for input when its waiting queue is short, so a fast replica takes more of the file than a slow one.
+A replica asks for input when its waiting queue is short; `input_sharing` says who gets how much of the file.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from seesaw_ds.batch.text import load_codec
 from seesaw_ds.config import max_model_len
 from seesaw_ds.engine import addresses
 from seesaw_ds.engine import messages as wire
+from seesaw_ds.engine.input_sharing import InputSharing
 from seesaw_ds.engine.lifeline import Lifeline
 from seesaw_ds.engine.preflight import run_manifest
 from seesaw_ds.engine.process_id import ProcessId
@@ -52,7 +53,8 @@ class Frontend:
         self._journal = open_results(Path(run.output), run_manifest(run), overwrite=spec.overwrite)
         self._metrics = RunMetrics(run.model, str(self._layouts), self._layouts.dp, time.monotonic())
         self._metrics.num_resumed = self._journal.num_done
-        self._metrics.num_total = count_requests(Path(run.input))
+        self._num_requests = count_requests(Path(run.input))
+        self._metrics.num_total = self._num_requests
         self._timeline = None
         if run.timeline is not None:
             self._timeline = _open_timeline(run.timeline, self._layouts.replica_size)
@@ -81,6 +83,7 @@ class Frontend:
         self._num_ready = 0
         self._byes = 0
         self._ahead: deque[SequenceRequest] = deque()
+        self._sharing = InputSharing(self._layouts.dp)
 
     def run(self) -> None:
         """Serve until every line has its record; then stop the other processes and report."""
@@ -104,10 +107,20 @@ class Frontend:
         self._ahead += self._job.take(min(room, READ_AHEAD_SEQUENCES))
         return True
 
-    def _next_input(self, num_sequences: int) -> wire.AddSequences:
-        requests = [self._ahead.popleft() for _ in range(min(num_sequences, len(self._ahead)))]
-        requests += self._job.take(num_sequences - len(requests))
-        return wire.AddSequences(requests, is_last=self._job.is_exhausted and not self._ahead)
+    def _share_input(self) -> None:
+        """Answer the replicas that asked, as far as it is their turn."""
+        while (share := self._sharing.next_share(self._num_left())) is not None:
+            replica, num_sequences = share
+            requests = [self._ahead.popleft() for _ in range(min(num_sequences, len(self._ahead)))]
+            requests += self._job.take(num_sequences - len(requests))
+            self._sharing.give(replica, requests)
+            self._send(replica, wire.AddSequences(requests, is_last=self._job.is_exhausted and not self._ahead))
+
+    def _num_left(self) -> int:
+        """Sequences that no replica has yet; a request that is not read counts as one."""
+        unread = self._num_requests - self._metrics.num_resumed - self._job.num_opened
+        # A file may have lines twice, or be read to its end before that shows.
+        return len(self._ahead) + (0 if self._job.is_exhausted else max(1, unread))
 
     def _say_goodbye(self) -> None:
         # From here on the processes end one after the other, in good order.
@@ -135,13 +148,16 @@ class Frontend:
 
     def _on_scheduler(self, replica: int, message: wire.SchedulerMessage) -> None:
         if isinstance(message, wire.WantInput):
-            self._send(replica, self._next_input(message.num_sequences))
+            self._sharing.ask(replica, message.num_sequences)
+            self._share_input()
         elif isinstance(message, wire.Results):
             for result in message.results:
                 self._job.add_result(result)
+                self._sharing.finish(replica, result.seq_id)
         elif isinstance(message, wire.NewTokens):
             if self._job.add_tokens(message.seq_id, message.token_ids, message.logprobs):
                 self._send(replica, wire.AbortSequences([message.seq_id]))
+                self._sharing.finish(replica, message.seq_id)
         elif isinstance(message, wire.Progress):
             self._on_progress(replica, message)
         elif isinstance(message, wire.PhaseChanged):
