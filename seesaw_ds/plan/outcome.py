@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+class TookTooLong(Exception):
+    """A simulated clock came to the time after which nobody is interested in the run."""
+
+
 @dataclass(frozen=True, slots=True)
 class SimulatedRun:
     """Seconds and counts of one run. The seconds by part are those of the replica that finished last.

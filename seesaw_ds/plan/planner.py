@@ -12,9 +12,11 @@ seconds are scaled by the ratio of the closed forms of the whole and the thinned
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from seesaw_ds.config import RunConfig, dtype_name
 from seesaw_ds.errors import UserError
@@ -22,7 +24,7 @@ from seesaw_ds.layout import LayoutPair
 from seesaw_ds.plan.bounds import InputTotals, bound_seconds
 from seesaw_ds.plan.candidates import LEAST_GAIN, Candidate, Constraints, Rejected, find_candidates, what_would_fit
 from seesaw_ds.plan.hardware import HardwareProfile
-from seesaw_ds.plan.outcome import SimulatedRun
+from seesaw_ds.plan.outcome import SimulatedRun, TookTooLong
 from seesaw_ds.plan.simulator import Simulator
 from seesaw_ds.plan.static_engine import HostWork
 from seesaw_ds.plan.static_search import StaticPlan, best_static_plan, static_layouts
@@ -87,6 +89,12 @@ class Simulated:
         return seconds * self.seconds / self.simulated.seconds
 
 
+class Rank(Protocol):
+    """Simulates a candidate at the effort of the ranking; TookTooLong as for `simulate`."""
+
+    def __call__(self, candidate: Candidate, stop_after: float = math.inf) -> Simulated: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The answer: the best candidate, the best static layout of an ordinary engine, and what became of the rest.
@@ -142,12 +150,14 @@ def make_plan(
         needed = what_would_fit(run, shape, hardware, num_devices, rejected, limits)
         raise UserError(f"no layout of {num_devices} x {hardware.name} fits: {needed}")
 
-    def rank(candidate: Candidate) -> Simulated:
-        return simulate(candidate, shape, hardware, totals, lengths, RANKING)
+    def rank(candidate: Candidate, stop_after: float = math.inf) -> Simulated:
+        return simulate(candidate, shape, hardware, totals, lengths, RANKING, stop_after)
 
     ranking, pruned = _search(candidates, rank)
-    finals = [simulate(done.candidate, shape, hardware, totals, lengths, FINAL) for done in ranking[:NUM_FINALISTS]]
-    best = min(finals, key=lambda done: done.seconds)
+    best = simulate(ranking[0].candidate, shape, hardware, totals, lengths, FINAL)
+    for done in ranking[1:NUM_FINALISTS]:
+        with contextlib.suppress(TookTooLong):
+            best = simulate(done.candidate, shape, hardware, totals, lengths, FINAL, best.seconds)
     static = None
     if with_static:
         layouts = static_layouts(shape, num_devices, devices_per_node)
@@ -155,9 +165,7 @@ def make_plan(
     return Plan(best, static, ranking, pruned, rejected)
 
 
-def _search(
-    candidates: list[Candidate], rank: Callable[[Candidate], Simulated]
-) -> tuple[list[Simulated], list[Candidate]]:
+def _search(candidates: list[Candidate], rank: Rank) -> tuple[list[Simulated], list[Candidate]]:
     """Simulate candidates by rising bound until no other pair can win; one micro-batch size of each pair stays."""
     by_pair: dict[LayoutPair, list[Candidate]] = {}
     for candidate in candidates:
@@ -178,28 +186,34 @@ def _search(
     return ranking, pruned
 
 
-def _tuned(first: Simulated, sizes: list[Candidate], rank: Callable[[Candidate], Simulated]) -> Simulated:
+def _tuned(first: Simulated, sizes: list[Candidate], rank: Rank) -> Simulated:
     """The fastest of `first` and its pair's next smaller and larger micro-batches, and so on while that helps."""
     sizes = sorted(sizes, key=lambda size: size.run.max_num_batched_tokens)
     middle = sizes.index(first.candidate)
     best = first
     for others in (sizes[:middle][::-1], sizes[middle + 1 :]):
         for size in others:
-            if size.least_seconds >= best.seconds or (done := rank(size)).seconds >= best.seconds:
+            if size.least_seconds >= best.seconds:
                 break
-            best = done
+            try:
+                best = rank(size, best.seconds)
+            except TookTooLong:
+                break
         if best is not first:
             break
     return best
 
 
-def _best_split(first: Simulated, rank: Callable[[Candidate], Simulated]) -> Simulated:
+def _best_split(first: Simulated, rank: Rank) -> Simulated:
     """Of `first` and the other way to split its layers, the one with equal stages unless the other gains something."""
     if first.candidate.alternative is None:
         return first
-    both = (first, rank(first.candidate.alternative))
-    equal, unequal = both if first.candidate.pair.has_equal_stages else both[::-1]
-    return unequal if unequal.seconds < (1 - LEAST_GAIN) * equal.seconds else equal
+    is_equal = first.candidate.pair.has_equal_stages
+    worth = 1 - LEAST_GAIN if is_equal else 1 / (1 - LEAST_GAIN)
+    try:
+        return rank(first.candidate.alternative, worth * first.seconds)
+    except TookTooLong:
+        return first
 
 
 def simulate(
@@ -209,21 +223,25 @@ def simulate(
     totals: InputTotals,
     lengths: Sequence[RequestLength],
     effort: Effort,
+    stop_after: float = math.inf,
 ) -> Simulated:
-    """Simulate in units, and if need be a part of the input. `totals` are those of `lengths`."""
+    """Simulate in units, and if need be a part of the input. `totals` are those of `lengths`.
+
+    Raises TookTooLong when the run takes `stop_after` simulated seconds or more.
+    """
     run, dtype = candidate.run, dtype_name(candidate.run, shape)
     num_tokens = totals.output_tokens * min(1.0, effort.most_requests / totals.num_requests)
     unit = _unit(num_tokens, effort.num_rows, run.kv_block_size, _largest_unit(candidate))
     sample = thinned(lengths, int(min(num_tokens, effort.most_rows * unit)))
     simulator = Simulator(shape, hardware, candidate.pair, candidate.limits, dtype, run.weight_reshard, unit)
-    simulated = simulator.run(sample)
-    seconds = simulated.seconds
+    scale = 1.0
     if len(sample) < totals.num_requests:
         sample_bound = bound_seconds(
             shape, hardware, candidate.pair, candidate.limits, InputTotals.of(sample), dtype, run.weight_reshard
         )
-        seconds *= candidate.bound.total / sample_bound.total
-    return Simulated(candidate, simulated, seconds, totals.num_requests)
+        scale = candidate.bound.total / sample_bound.total
+    simulated = simulator.run(sample, stop_after / scale)
+    return Simulated(candidate, simulated, simulated.seconds * scale, totals.num_requests)
 
 
 def _largest_unit(candidate: Candidate) -> int:

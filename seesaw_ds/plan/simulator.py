@@ -17,6 +17,7 @@ its group, one after the other, as a unit has tokens; they are taken to be alike
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from seesaw_ds.layout import LayoutPair, Phase
 from seesaw_ds.plan.cost import CostModel, StepWork, add_work, chunk_work
 from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.layout_choice import LayoutChoice
-from seesaw_ds.plan.outcome import SimulatedRun
+from seesaw_ds.plan.outcome import SimulatedRun, TookTooLong
 from seesaw_ds.plan.transfers import CopyLanes, ReshardSeconds, reshard_seconds
 from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.sched.output import (
@@ -233,8 +234,11 @@ class Simulator:
     _replicas: list[_Replica] = field(init=False, default_factory=list)
     _waiting: deque[SequenceSpec] = field(init=False, default_factory=deque)
 
-    def run(self, lengths: Sequence[RequestLength]) -> SimulatedRun:
-        """Simulate the whole input, from the first micro-batch to the last result."""
+    def run(self, lengths: Sequence[RequestLength], stop_after: float = math.inf) -> SimulatedRun:
+        """Simulate the whole input, from the first micro-batch to the last result.
+
+        Raises TookTooLong when that takes `stop_after` simulated seconds or more.
+        """
         costs = {phase: CostModel(self.shape, self.hardware, self.pair[phase], self.dtype) for phase in Phase}
         reshard = reshard_seconds(
             self.shape, self.pair, self.hardware, self.dtype, self.weight_reshard, self.limits.block_size
@@ -253,6 +257,8 @@ class Simulator:
             _, index = heapq.heappop(order)
             replica = self._replicas[index]
             now = replica.take_event()
+            if now >= stop_after:
+                raise TookTooLong
             if self._waiting and replica.scheduler.wants_input:
                 self._deal()
             replica.run_ahead(now)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import heapq
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from seesaw_ds.layout import ParallelLayout
 from seesaw_ds.plan.cost import CostModel, StepWork, add_work, chunk_work
 from seesaw_ds.plan.hardware import HardwareProfile
-from seesaw_ds.plan.outcome import SimulatedRun
+from seesaw_ds.plan.outcome import SimulatedRun, TookTooLong
 from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.shapes import ModelShape
 
@@ -109,12 +110,14 @@ class _Replica:
         self._groups = [_Group() for _ in range(cost.layout.pp)]
         self._stage_free = [0.0] * cost.layout.pp
 
-    def run(self) -> None:
-        """Run all waiting requests to their ends."""
+    def run(self, stop_after: float) -> None:
+        """Run all waiting requests to their ends. Raises TookTooLong when that takes `stop_after` seconds or more."""
         ready = [(0.0, index) for index in range(len(self._groups))]
         idle: list[int] = []
         while ready:
             now, index = heapq.heappop(ready)
+            if now >= stop_after:
+                raise TookTooLong
             work, finish = self._next_step(self._groups[index])
             if work.num_tokens == 0:
                 idle.append(index)  # until another group gives room or requests back
@@ -258,10 +261,12 @@ def run_static_engine(
     lengths: Sequence[RequestLength],
     dtype: str = "bfloat16",
     host: HostWork | None = None,
+    stop_after: float = math.inf,
 ) -> SimulatedRun:
     """Simulate the whole input; request i goes to replica i modulo their number.
 
-    Raises ValueError when a request cannot fit the KV room.
+    Raises ValueError when a request cannot fit the KV room, TookTooLong when the run takes `stop_after` simulated
+    seconds or more.
     """
     if not limits.holds(lengths):
         longest = max(sum(length) for length in lengths)
@@ -274,7 +279,7 @@ def run_static_engine(
     for index, length in enumerate(lengths):
         replicas[index % layout.dp].waiting.append(_Request(length.input_tokens, length.output_tokens))
     for replica in replicas:
-        replica.run()
+        replica.run(stop_after)
     last = max(replicas, key=lambda replica: replica.end)
     num_steps = sum(replica.num_decode_steps for replica in replicas)
     num_rows = sum(replica.num_decode_rows for replica in replicas)

@@ -5,6 +5,7 @@ Its layouts are all that fit, its policy and its step's tokens the best of those
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from seesaw_ds.config import RunConfig, dtype_name
 from seesaw_ds.layout import LayoutPair, ParallelLayout
 from seesaw_ds.plan.candidates import broken_rule, layout_pairs
 from seesaw_ds.plan.hardware import HardwareProfile
-from seesaw_ds.plan.outcome import SimulatedRun
+from seesaw_ds.plan.outcome import SimulatedRun, TookTooLong
 from seesaw_ds.plan.static_engine import BatchPolicy, HostWork, StaticEngineLimits, run_static_engine
 from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.shapes import DTYPE_BYTES, ModelShape
@@ -69,21 +70,27 @@ def best_static_plan(
     All layouts are simulated in chunks of the middle size; the few fastest then with every other setting.
     """
 
-    def simulate(layout: ParallelLayout, policy: BatchPolicy, step_tokens: int) -> StaticPlan | None:
-        return _simulate(run, shape, hardware, layout, policy, step_tokens, lengths, host)
+    def simulate(layout: ParallelLayout, policy: BatchPolicy, step_tokens: int, stop_after: float) -> StaticPlan | None:
+        try:
+            return _simulate(run, shape, hardware, layout, policy, step_tokens, lengths, host, stop_after)
+        except TookTooLong:
+            return None
 
-    first = [plan for layout in layouts if (plan := simulate(layout, *_FIRST_TRY))]
-    first.sort(key=lambda plan: plan.simulated.seconds)
+    first: list[StaticPlan] = []
+    for layout in layouts:
+        last = first[_NUM_FINALISTS - 1].simulated.seconds if len(first) >= _NUM_FINALISTS else math.inf
+        if plan := simulate(layout, *_FIRST_TRY, stop_after=last):
+            first.append(plan)
+            first.sort(key=lambda plan: plan.simulated.seconds)
     settings = [(BatchPolicy.CHUNKED, tokens) for tokens in CHUNK_TOKENS]
     settings += [(policy, CHUNK_TOKENS[-1]) for policy in (BatchPolicy.PREFILL_FIRST, BatchPolicy.DECODE_FIRST)]
     settings.remove(_FIRST_TRY)
-    tuned = [
-        plan
-        for finalist in first[:_NUM_FINALISTS]
-        for policy, tokens in settings
-        if (plan := simulate(finalist.layout, policy, tokens))
-    ]
-    return min(first + tuned, key=lambda plan: plan.simulated.seconds, default=None)
+    best = first[0] if first else None
+    for finalist in first[:_NUM_FINALISTS]:
+        for policy, tokens in settings:
+            assert best is not None
+            best = simulate(finalist.layout, policy, tokens, best.simulated.seconds) or best
+    return best
 
 
 def _simulate(
@@ -95,11 +102,13 @@ def _simulate(
     step_tokens: int,
     lengths: Sequence[RequestLength],
     host: HostWork | None,
+    stop_after: float,
 ) -> StaticPlan | None:
     """One simulation; None when the longest request does not fit beside the weights."""
     num_kv_tokens = static_kv_tokens(run, shape, hardware, layout, step_tokens)
     limits = StaticEngineLimits(num_kv_tokens, run.max_num_seqs, step_tokens, run.kv_block_size)
     if not limits.holds(lengths):
         return None
-    simulated = run_static_engine(shape, hardware, layout, limits, policy, lengths, dtype_name(run, shape), host)
+    dtype = dtype_name(run, shape)
+    simulated = run_static_engine(shape, hardware, layout, limits, policy, lengths, dtype, host, stop_after)
     return StaticPlan(layout, policy, step_tokens, simulated)
