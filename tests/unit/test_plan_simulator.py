@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 
 import pytest
 
 from plan_cases import hardware, limits_of, pair, run_config, shape
-from seesaw_ds.layout import Phase
+from seesaw_ds.layout import ParallelLayout, Phase
 from seesaw_ds.plan.bounds import InputTotals, bound_seconds
 from seesaw_ds.plan.cost import CostModel
 from seesaw_ds.plan.hardware import HardwareProfile
+from seesaw_ds.plan.outcome import SimulatedRun, TookTooLong
 from seesaw_ds.plan.simulator import Simulator, _Replica
+from seesaw_ds.plan.static_engine import BatchPolicy, StaticEngineLimits, run_static_engine
 from seesaw_ds.plan.transfers import reshard_seconds
 from seesaw_ds.plan.workloads import RequestLength, workload_lengths
 from seesaw_ds.sched.output import DecodeBatch, DecodeRow, PrefillBatch, PrefillChunk, SwitchPhase
@@ -210,3 +213,27 @@ def test_a_request_that_can_never_fit_is_refused():
     limits = replace(limits_of(run, MODEL, A10), num_gpu_blocks=100)
     with pytest.raises(ValueError, match="num_gpu_blocks=100"):
         Simulator(MODEL, A10, pair("P8->T4P2"), limits).run(lengths)
+
+
+def test_a_run_that_takes_too_long_is_cut_short() -> None:
+    model, machine, lengths = shape("llama2-70b"), hardware("h200-nvlink"), workload_lengths("arxiv", 20)
+    run = run_config("P2->T2", lengths, 20.0)
+    simulator = Simulator(model, machine, pair("P2->T2"), limits_of(run, model, machine))
+    whole = simulator.run(lengths)
+    assert simulator.run(lengths, stop_after=1.001 * whole.seconds) == whole
+    with pytest.raises(TookTooLong):
+        simulator.run(lengths, stop_after=0.999 * whole.seconds)
+
+
+def test_a_static_run_that_takes_too_long_is_cut_short() -> None:
+    model, machine, lengths = shape("llama3-15b"), hardware("a10"), workload_lengths("sharegpt", 30)
+    limits = StaticEngineLimits(num_kv_tokens=50_000, max_num_seqs=32, max_num_batched_tokens=512, block_size=16)
+
+    def run(stop_after: float) -> SimulatedRun:
+        layout = ParallelLayout.parse("T4")
+        return run_static_engine(model, machine, layout, limits, BatchPolicy.CHUNKED, lengths, stop_after=stop_after)
+
+    whole = run(math.inf)
+    assert run(1.001 * whole.seconds) == whole
+    with pytest.raises(TookTooLong):
+        run(0.999 * whole.seconds)

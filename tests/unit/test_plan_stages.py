@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import combinations
 
@@ -13,6 +14,7 @@ from seesaw_ds.plan.bounds import InputTotals, typical_steps
 from seesaw_ds.plan.candidates import Candidate, find_candidates, make_candidate
 from seesaw_ds.plan.cost import CostModel, StepWork
 from seesaw_ds.plan.hardware import HardwareProfile
+from seesaw_ds.plan.outcome import TookTooLong
 from seesaw_ds.plan.planner import RANKING, Simulated, _best_split, make_plan, simulate
 from seesaw_ds.plan.report import plan_json, plan_table
 from seesaw_ds.plan.simulator import Simulator
@@ -150,8 +152,11 @@ def test_a_split_that_saves_little_in_the_simulation_is_not_taken(seconds, taken
     equal, unequal = (candidate(layouts, SHAREGPT, A10) for layouts in ("P4", "P4[8,9,8,7]"))
     by_layouts = dict(zip(("P4", "P4[8,9,8,7]"), seconds))
 
-    def rank(each: Candidate) -> Simulated:
-        return Simulated(each, simulated=None, seconds=by_layouts[each.run.layouts], num_requests=200)
+    def rank(each: Candidate, stop_after: float = math.inf) -> Simulated:
+        seconds = by_layouts[each.run.layouts]
+        if seconds >= stop_after:
+            raise TookTooLong
+        return Simulated(each, simulated=None, seconds=seconds, num_requests=200)
 
     for first in (replace(equal, alternative=unequal), replace(unequal, alternative=equal)):
         assert _best_split(rank(first), rank).candidate.pair.has_equal_stages != taken
