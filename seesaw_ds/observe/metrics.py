@@ -35,12 +35,14 @@ class Interval:
 class RankCounters:
     """Totals of one worker since it started; a later report replaces the earlier.
 
-    `reshard_seconds` and `weight_bytes` (received) are of weight re-sharding, `kv_out_bytes` and `kv_in_bytes` what
-    the rank copied to and from the host pool. `peak_host_bytes` is the resident memory of its process.
+    `reshard_seconds` are of transitions, in which the rank received `weight_bytes` of weights and `kv_exchange_bytes`
+    of KV that stays on the devices; `kv_out_bytes` and `kv_in_bytes` are what it copied to and from the host pool.
+    `peak_host_bytes` is the resident memory of its process.
     """
 
     reshard_seconds: float = 0.0
     weight_bytes: int = 0
+    kv_exchange_bytes: int = 0
     kv_out_bytes: int = 0
     kv_in_bytes: int = 0
     peak_device_bytes: int = 0

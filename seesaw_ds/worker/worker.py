@@ -52,6 +52,7 @@ class Worker:
         self._spans = SpanRecorder(is_traced)
         self._copied_bytes = {Track.SWAP_OUT: 0, Track.SWAP_IN: 0}
         self._weight_bytes = 0
+        self._kv_exchange_bytes = 0
         self._reshard_seconds = 0.0
         self._last_telemetry = time.monotonic()
         self._phase = Phase.PREFILL
@@ -171,14 +172,16 @@ class Worker:
         self._swap_out.drain()
         self._swap_in.drain()
         with self._spans.span(Track.RESHARD, f"to {to.value}"):
-            num_bytes = engine.reshard.run(to) + engine.kv_exchange.run(to, switch.gpu_block_ids)
+            weight_bytes = engine.reshard.run(to)
+            kv_bytes = engine.kv_exchange.run(to, switch.gpu_block_ids)
             engine.slots.share(engine.state.sampling_rank(self._phase), engine.state.replica)
             devices.synchronize_stream(self._device)
         engine.state.activate(to)
         self._phase = to
         self._reshard_seconds += time.monotonic() - start
-        self._weight_bytes += num_bytes
-        self._reporter.result(wire.SwitchDone(self._rank, to, num_bytes))
+        self._weight_bytes += weight_bytes
+        self._kv_exchange_bytes += kv_bytes
+        self._reporter.result(wire.SwitchDone(self._rank, to, weight_bytes + kv_bytes))
 
     def _record_copy(self, name: str, start: float, end: float, num_bytes: int) -> None:
         track = Track(name)
@@ -191,6 +194,7 @@ class Worker:
         counters = RankCounters(
             reshard_seconds=self._reshard_seconds,
             weight_bytes=self._weight_bytes,
+            kv_exchange_bytes=self._kv_exchange_bytes,
             kv_out_bytes=self._copied_bytes[Track.SWAP_OUT],
             kv_in_bytes=self._copied_bytes[Track.SWAP_IN],
             peak_device_bytes=accelerator.max_memory_allocated() if devices.is_cuda(self._device) else 0,
