@@ -3,7 +3,8 @@
     python tools/profile_layers.py --model-shape llama2-70b --tensor-parallel-size 2
 
 Builds one rank's shard of `--layers` layers with random weights in a process group of one, so all-reduces are left
-out. Decode is timed as a captured graph where the device has graphs. Times are per layer.
+out. Decode is timed as a captured graph where the device has graphs. Times are per layer. A prefill step is timed
+alone, and again under a load of seconds: a device that comes to its power limit is slower then, as it is in a run.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from seesaw_ds.shapes import ModelShape, model_shape
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK_SIZE = 16
+_TIMED_SECONDS = 0.5
+_RUNS_AHEAD = 8  # between synchronizations, so that the device waits seldom
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,6 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-len", type=int, default=2048, help="of each prompt in a prefill micro-batch")
     parser.add_argument("--decode-rows", type=int, nargs="*", default=[1, 16, 64, 112, 256])
     parser.add_argument("--context-len", type=int, default=3000, help="of each sequence in a decode step")
+    parser.add_argument("--load-seconds", type=float, default=1.5, help="of prefill on end before it is timed again")
     parser.add_argument("--kernels", type=int, default=12, help="how many kernels of the profile to print")
     return parser.parse_args()
 
@@ -129,6 +133,20 @@ def milliseconds(run: Callable[[], object], device: torch.device, repeats: int =
     return statistics.median(times)
 
 
+def loaded_milliseconds(run: Callable[[], object], device: torch.device, load_seconds: float) -> float:
+    """The mean time of `run` over half a second, after `load_seconds` of it on end."""
+    synchronize: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    repeats, begin, start = 0, 0.0, time.perf_counter()
+    while begin == 0.0 or time.perf_counter() - begin < _TIMED_SECONDS:
+        if begin == 0.0 and time.perf_counter() - start >= load_seconds:
+            repeats, begin = 0, time.perf_counter()
+        for _ in range(_RUNS_AHEAD):
+            run()
+        synchronize()
+        repeats += _RUNS_AHEAD
+    return 1000 * (time.perf_counter() - begin) / repeats
+
+
 def captured(run: Callable[[], torch.Tensor]) -> Callable[[], None]:
     """`run` as a CUDA graph."""
     run()
@@ -170,7 +188,11 @@ def main() -> int:
             run = layers.step(layers.make_attention(Phase.PREFILL, 1), lens, lens)
             ms = milliseconds(run, device) / num_layers
             rate = 2 * shape.layer_parameters * sum(lens) / ms / 1e9
-            print(f"  prefill {sum(lens):6} tokens: {ms:8.3f} ms, matrices alone at {rate:6.1f} TFLOP/s")
+            loaded = loaded_milliseconds(run, device, arguments.load_seconds) / num_layers
+            print(
+                f"  prefill {sum(lens):6} tokens: {ms:8.3f} ms, {loaded:8.3f} ms under load; "
+                f"at that, matrices alone at {rate * ms / loaded:6.1f} TFLOP/s"
+            )
             if layers.has_graphs:
                 print_profile(run, num_layers, arguments.kernels)
         for num_rows in arguments.decode_rows:
