@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from seesaw_ds.errors import UserError
+from seesaw_ds.errors import exit_with
 from seesaw_ds.layout import LayoutPair
 from seesaw_ds.plan.roofline import Machine, Utilisation, roofline_seconds, utilisation
 from seesaw_ds.plan.workloads import RequestLength, parse_workload, workload_lengths
@@ -197,8 +197,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

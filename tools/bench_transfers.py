@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 
 from calibration_device import CPU_SIZES, CUDA_SIZES, Sizes, copy_rates, typical_seconds
-from seesaw_ds.errors import UserError
+from seesaw_ds.errors import UserError, exit_with
 from seesaw_ds.layout import LayoutPair
 from seesaw_ds.model.weights import cell_tensors
 from seesaw_ds.parallel import device as devices
@@ -294,8 +294,4 @@ def _synchronize(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

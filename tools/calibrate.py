@@ -33,7 +33,7 @@ from torch import multiprocessing
 from calibration_device import CPU_SIZES, CUDA_SIZES, Sizes, copy_rates, layer_figures, linear_points
 from calibration_links import link_figures
 from seesaw_ds.engine.hardware import CALIBRATED, P2P_OFF, PROFILES, device_name, is_p2p_off
-from seesaw_ds.errors import UserError
+from seesaw_ds.errors import UserError, exit_with
 from seesaw_ds.layout import ParallelLayout
 from seesaw_ds.plan.cost import CostModel, StepWork
 from seesaw_ds.plan.hardware import HardwareProfile, parse_hardware
@@ -235,8 +235,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from seesaw_ds.config import RunConfig
 from seesaw_ds.engine.hardware import PROFILES, find_hardware
-from seesaw_ds.errors import UserError
+from seesaw_ds.errors import UserError, exit_with
 from seesaw_ds.layout import LayoutPair
 from seesaw_ds.plan.planner import make_plan
 from seesaw_ds.plan.report import plan_json, plan_table
@@ -144,8 +144,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)
