@@ -272,10 +272,8 @@ class _EngineBuilder:
         return (Phase.DECODE, Phase.PREFILL) if self._run.may_stay else (Phase.DECODE,)
 
     def _most_rows(self, phase: Phase) -> int:
-        """The most rows of a decode step, in one group of the layout."""
-        return (
-            self._run.max_num_seqs if phase is Phase.DECODE else -(-self._run.max_num_seqs // self._layouts[phase].pp)
-        )
+        """The most rows of a decode step: a pipeline group's share of all sequences."""
+        return -(-self._run.max_num_seqs // self._layouts[phase].pp)
 
     def _decode_attention(self, phase: Phase) -> tuple[AttentionBackend, ...]:
         num_rows = self._most_rows(phase)

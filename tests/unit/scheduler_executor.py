@@ -246,6 +246,7 @@ class ShadowExecutor:
 
     def _check_rows(self, rows: tuple[DecodeRow, ...], group: int, num_groups: int) -> None:
         assert 0 <= group < num_groups
+        assert len(rows) <= -(-self.limits.max_num_seqs // num_groups), "a group has more than its share of the slots"
         for row in rows:
             shadow = self.live[row.seq_id]
             assert not shadow.ended
