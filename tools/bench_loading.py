@@ -2,7 +2,7 @@
 
     python tools/bench_loading.py models/tiny --layouts "P2->T2" --runs 5
 
-Every rank is a process that fills its arena through `load_arena`, all at once, from the page cache. A plain read is
+Every rank is a process that fills its arena through `load_layers`, all at once, from the page cache. A plain read is
 `os.preadv` of every weight file into memory, from as many threads as all ranks together use, in one process. Both
 write to memory that was written to before, so that neither is charged for the kernel's first touch of a page. Each
 run has one of each, in turn; GB/s are medians, and the share is the median of the runs' shares. Without `--layouts`
@@ -28,11 +28,11 @@ from seesaw_ds.checkpoint.reading import MAX_THREADS, PIECE_BYTES
 from seesaw_ds.checkpoint.source import CellsSource, SafetensorsSource
 from seesaw_ds.checkpoint.tensor_files import tensor_bytes
 from seesaw_ds.layout import LayoutPair
-from seesaw_ds.model.build import load_arena
+from seesaw_ds.model.build import load_layers
 from seesaw_ds.model.checkpoint import check_checkpoint, index_checkpoint
 from seesaw_ds.model.weights import WeightSource, cell_tensors
 from seesaw_ds.parallel import device as devices
-from seesaw_ds.reshard.arena import WeightArena
+from seesaw_ds.reshard.arena import PlacedCells, WeightArena
 from seesaw_ds.reshard.plan import plan_reshard
 from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
 
@@ -62,7 +62,7 @@ def run_rank(folder: Path, layouts: str, rank: int, runs: int, barrier: Barrier)
     source = open_source(folder, shape, dtype)
     for _ in range(runs):
         barrier.wait(TIMEOUT_SECONDS)
-        load_arena(arena, plan, rank, source, None, lambda done, total: None)
+        load_layers(PlacedCells(plan, arena), rank, source, None, lambda done, total: None)
         barrier.wait(TIMEOUT_SECONDS)
 
 

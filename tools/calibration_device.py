@@ -211,14 +211,14 @@ class ReplicaLayers(Layers):
 
     def prefill_seconds(self, num_tokens: int) -> tuple[float, float]:
         """One layer's time for one whole prompt, and that of its attention alone."""
-        attention = self.make_attention(Phase.PREFILL, 1, 1)
+        attention = self.make_attention(Phase.PREFILL, 1)
         run = self.step(attention, [num_tokens], [num_tokens])
         whole = typical_seconds(run, self.device) / self.shape.num_layers
         return whole, typical_seconds(self._attend(attention, num_tokens), self.device)
 
     def decode_seconds(self, num_rows: int, context_tokens: int) -> tuple[float, float]:
         """The same for a decode step of rows of equal length; in a captured graph where the device has graphs."""
-        attention = self.make_attention(Phase.DECODE, 1, num_rows, self.num_blocks)
+        attention = self.make_attention(Phase.DECODE, num_rows, self.num_blocks)
         run = self.step(attention, [1] * num_rows, [context_tokens] * num_rows)
         attend = self._attend(attention, num_rows)
         if self.has_graphs:
@@ -235,7 +235,7 @@ class ReplicaLayers(Layers):
     @property
     def pads_decode(self) -> bool:
         """Whether decode attention reads every row to the longest one's length."""
-        return isinstance(self.make_attention(Phase.DECODE, 1, 1, 1)[0], TorchAttention)
+        return isinstance(self.make_attention(Phase.DECODE, 1, 1)[0], TorchAttention)
 
 
 def layer_figures(sizes: Sizes, profile: HardwareProfile, device: torch.device) -> dict[str, float]:

@@ -27,14 +27,14 @@ import torch.distributed as dist
 from seesaw_ds.layout import LayoutPair, Phase
 from seesaw_ds.model.attention.interface import AttentionBackend, AttentionBatch
 from seesaw_ds.model.backends import choose_backends
-from seesaw_ds.model.build import build_stages, load_arena
+from seesaw_ds.model.build import build_stages, load_layers, load_tables, table_cell
 from seesaw_ds.model.decoder import DecoderStage
 from seesaw_ds.model.ops.interface import TokenPlaces
 from seesaw_ds.model.weights import DummySource, cell_tensors
 from seesaw_ds.parallel.all_reduce import AllReduce, BackendAllReduce
 from seesaw_ds.parallel.groups import ParallelState
-from seesaw_ds.reshard.arena import WeightArena
-from seesaw_ds.reshard.plan import plan_reshard
+from seesaw_ds.reshard.arena import PlacedCells, WeightArena
+from seesaw_ds.reshard.plan import plan_reshard, plan_tables
 from seesaw_ds.shapes import ModelShape, model_shape
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,19 +77,27 @@ class Layers:
     ) -> None:
         state = ParallelState(layouts)
         backends = choose_backends(shape, BLOCK_SIZE, dtype, device)
-        plan = plan_reshard(layouts, shape.num_layers)
-        arena = WeightArena(cell_tensors(shape, 1), plan.num_slots[0], dtype, device)
+        plan, table_plan = plan_reshard(layouts, shape.num_layers), plan_tables(layouts, shape.tie_word_embeddings)
+        placed = PlacedCells(plan, WeightArena(cell_tensors(shape, 1), plan.num_slots[0], dtype, device))
+        tables = PlacedCells(table_plan, WeightArena((table_cell(shape, 1),), table_plan.num_slots[0], dtype, device))
         source = DummySource(shape, dtype, device, seed=0)
-        load_arena(arena, plan, 0, source, None, lambda done, total: None)
+        load_layers(placed, 0, source, None, lambda done, total: None)
+        load_tables(tables, 0, source, None, shape.vocab_size)
         reduces: dict[Phase, AllReduce] = {phase: BackendAllReduce(state[phase].tp) for phase in Phase}
-        stages = build_stages(shape, layouts, state, plan, arena, 0, source, backends.ops, reduces, dtype, device)
+        stages = build_stages(shape, layouts, state, placed, tables, 0, source, backends.ops, reduces, dtype, device)
         self.stage: DecoderStage = stages[Phase.PREFILL]
         self.shape, self.device, self.dtype, self.num_blocks = shape, device, dtype, num_blocks
         self.has_graphs = backends.has_graphs
-        self.make_attention = backends.make_attention
+        self._backends = backends
         size = (num_blocks, shape.num_layers, 2, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
         pool = torch.randn(size, dtype=dtype, device=device)
         self.kv_caches = [pool[:, layer] for layer in range(shape.num_layers)]
+
+    def make_attention(self, phase: Phase, num_rows: int = 0, num_blocks: int = 0) -> tuple[AttentionBackend, ...]:
+        """Attention for steps with `num_rows` decode rows at most, in decode with tables of `num_blocks` together."""
+        num_bytes = self._backends.workspace_bytes(1, num_rows)
+        workspace = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
+        return self._backends.make_attention(phase, 1, workspace, num_rows, num_blocks)
 
     def step(
         self, attention: tuple[AttentionBackend, ...], query_lens: list[int], kv_lens: list[int]
@@ -185,7 +193,7 @@ def main() -> int:
     with torch.inference_mode():
         for num_tokens in arguments.prefill_tokens:
             lens = [arguments.prompt_len] * (num_tokens // arguments.prompt_len) or [num_tokens]
-            run = layers.step(layers.make_attention(Phase.PREFILL, 1), lens, lens)
+            run = layers.step(layers.make_attention(Phase.PREFILL), lens, lens)
             ms = milliseconds(run, device) / num_layers
             rate = 2 * shape.layer_parameters * sum(lens) / ms / 1e9
             loaded = loaded_milliseconds(run, device, arguments.load_seconds) / num_layers
@@ -196,7 +204,7 @@ def main() -> int:
             if layers.has_graphs:
                 print_profile(run, num_layers, arguments.kernels)
         for num_rows in arguments.decode_rows:
-            attention = layers.make_attention(Phase.DECODE, 1, num_rows, 2 * -(-most // BLOCK_SIZE))
+            attention = layers.make_attention(Phase.DECODE, num_rows, 2 * -(-most // BLOCK_SIZE))
             run = layers.step(attention, [1] * num_rows, [arguments.context_len] * num_rows)
             ms = milliseconds(captured(run) if layers.has_graphs else run, device) / num_layers
             kv_bytes = (

@@ -8,7 +8,7 @@ rectangle meets the other's new one::
                                    head 1: sends to rank 1     head 1: keeps
 
 Blocks go in batches. A batch is read whole into buffers, its own part too, before any of it is written, because the new
-form of a block overwrites the old one.
+form of a block overwrites the old one. Two batches are under way: one travels while the other is written.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ import torch.distributed as dist
 from seesaw_ds.kv.device_pool import DeviceKVPool
 from seesaw_ds.layout import LayoutPair, Phase, Shard
 from seesaw_ds.parallel.device import to_device
+from seesaw_ds.parallel.scratch import Cutter, padded
 from seesaw_ds.parallel.transport import Handle, Transport
 
-# Of one batch, over all ranks that it goes to: large enough for the full rate of a link, small beside the pools.
+# Of one batch, what goes out and what comes in: large enough for the full rate of a link, small beside the pools.
 _BATCH_BYTES = 128 << 20
+_NUM_UNDER_WAY = 2
+KV_SCRATCH_BYTES = _NUM_UNDER_WAY * _BATCH_BYTES
 
 
 class _Parcel(NamedTuple):
@@ -47,7 +50,8 @@ class KVExchange:
     """Moves the blocks of one replica between its phases' layouts. All its ranks call `run` together.
 
     `pools` are this rank's views of one memory. `transport` connects (at least) the replica's ranks, and `ranks` are
-    their global numbers in replica order.
+    their global numbers in replica order. `scratch`, of KV_SCRATCH_BYTES at least, is used while `run`'s work goes on;
+    without one the exchange has memory of its own.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class KVExchange:
         num_kv_heads: int,
         transport: Transport,
         ranks: Sequence[int],
+        scratch: torch.Tensor | None = None,
     ) -> None:
         self._blocks = {phase: _widened(pool.tensor) for phase, pool in pools.items()}
         self._transport = transport
@@ -70,6 +75,11 @@ class KVExchange:
         }
         self._outgoing = {to: self._parcels(shards[to.other][self._rank], shards[to]) for to in Phase}
         self._incoming = {to: self._parcels(shards[to][self._rank], shards[to.other]) for to in Phase}
+        self._block_bytes = max(self._buffer_bytes(to, 1) for to in Phase)
+        if not self._is_static and scratch is None:
+            num_bytes = _NUM_UNDER_WAY * max(_BATCH_BYTES, self._block_bytes)
+            scratch = torch.empty(num_bytes, dtype=torch.uint8, device=self._blocks[Phase.PREFILL].device)
+        self._buffers = () if scratch is None else scratch.chunk(_NUM_UNDER_WAY)
 
     def run(self, to: Phase, blocks: Sequence[int]) -> int:
         """Give `blocks` the layout of `to`; returns the bytes received from other ranks.
@@ -79,11 +89,11 @@ class KVExchange:
         if self._is_static or not blocks:
             return 0
         old, new = self._blocks[to.other], self._blocks[to]
-        batch_size = max(1, _BATCH_BYTES // (max(old[0].numel(), new[0].numel()) * old.element_size()))
+        batch_size = len(self._buffers[0]) // self._block_bytes
         received_bytes = 0
         previous: _Batch | None = None
-        for index in to_device(blocks, old.device).split(batch_size):
-            batch = self._start(old, to, index)
+        for number, index in enumerate(to_device(blocks, old.device).split(batch_size)):
+            batch = self._start(old, to, index, Cutter(self._buffers[number % _NUM_UNDER_WAY]))
             if previous is not None:
                 _finish(previous, new)
             previous = batch
@@ -104,8 +114,19 @@ class KVExchange:
                 parcels.append(_Parcel(rank, part))
         return parcels
 
-    def _start(self, old: torch.Tensor, to: Phase, index: torch.Tensor) -> _Batch:
-        parts = {parcel.rank: _part(old, parcel.part).index_select(0, index) for parcel in self._outgoing[to]}
+    def _buffer_bytes(self, to: Phase, num_blocks: int) -> int:
+        """What `num_blocks` blocks take of a buffer on their way."""
+        old, new = self._blocks[to.other], self._blocks[to]
+        sizes = [_part(old, parcel.part)[0].numel() for parcel in self._outgoing[to]]
+        sizes += [_part(new, parcel.part)[0].numel() for parcel in self._incoming[to] if parcel.rank != self._rank]
+        return sum(padded(num_blocks * numel * old.element_size()) for numel in sizes)
+
+    def _start(self, old: torch.Tensor, to: Phase, index: torch.Tensor, buffer: Cutter) -> _Batch:
+        parts = {}
+        for parcel in self._outgoing[to]:
+            source = _part(old, parcel.part)
+            part = buffer.take((len(index), *source.shape[1:]), old.dtype)
+            parts[parcel.rank] = torch.index_select(source, 0, index, out=part)
         new = self._blocks[to]
         receives = []
         arrived = []
@@ -113,8 +134,7 @@ class KVExchange:
             if parcel.rank == self._rank:
                 arrived.append((parcel, parts.pop(self._rank)))
                 continue
-            shape = (len(index), *_part(new, parcel.part).shape[1:])
-            landing = torch.empty(shape, dtype=new.dtype, device=new.device)
+            landing = buffer.take((len(index), *_part(new, parcel.part).shape[1:]), new.dtype)
             arrived.append((parcel, landing))
             receives.append((landing, self._ranks[parcel.rank]))
         sends = [(data, self._ranks[rank]) for rank, data in parts.items()]

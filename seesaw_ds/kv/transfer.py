@@ -22,7 +22,7 @@ from seesaw_ds.parallel.row_copies import copy_runs, row_addresses
 if TYPE_CHECKING:
     from seesaw_ds.parallel.device import Event
 
-_STAGING_BYTES = 64 << 20
+STAGING_BYTES = 64 << 20
 _PACE_BYTES = 16 << 20
 
 
@@ -125,7 +125,7 @@ def _staged(rectangle: torch.Tensor, num_blocks: int) -> Iterator[tuple[int, tor
     stream are done with it before the next ones begin.
     """
     block_bytes = rectangle[0].numel() * rectangle.element_size()
-    batch_size = max(1, min(num_blocks, _STAGING_BYTES // block_bytes))
+    batch_size = max(1, min(num_blocks, STAGING_BYTES // block_bytes))
     buffer = rectangle.new_empty((batch_size, *rectangle.shape[1:]))
     for start in range(0, num_blocks, batch_size):
         yield start, buffer[: num_blocks - start]

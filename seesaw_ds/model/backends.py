@@ -49,8 +49,11 @@ class TorchBackends:
     ops: LayerOps
     has_graphs: bool = False
 
+    def workspace_bytes(self, tp: int, max_num_seqs: int) -> int:
+        return 0
+
     def make_attention(
-        self, phase: Phase, tp: int, max_num_seqs: int = 0, max_num_blocks: int = 0
+        self, phase: Phase, tp: int, workspace: torch.Tensor, max_num_seqs: int = 0, max_num_blocks: int = 0
     ) -> tuple[AttentionBackend, ...]:
         return tuple(TorchAttention(rule, self.block_size, self.device) for rule in _rules(self.shape))
 
@@ -66,8 +69,13 @@ class CudaBackends:
     ops: LayerOps
     has_graphs: bool
 
+    def workspace_bytes(self, tp: int, max_num_seqs: int) -> int:
+        from seesaw_ds.model.attention.flashinfer_backend import workspace_bytes
+
+        return workspace_bytes(max_num_seqs, self.shape.num_heads // tp, self.shape.head_dim)
+
     def make_attention(
-        self, phase: Phase, tp: int, max_num_seqs: int = 0, max_num_blocks: int = 0
+        self, phase: Phase, tp: int, workspace: torch.Tensor, max_num_seqs: int = 0, max_num_blocks: int = 0
     ) -> tuple[AttentionBackend, ...]:
         from seesaw_ds.model.attention.flashinfer_backend import FlashInferDecode, FlashInferPrefill
 
@@ -75,18 +83,18 @@ class CudaBackends:
         rules = _rules(self.shape)
         if phase is Phase.PREFILL:
             return tuple(
-                FlashInferPrefill(rule, *heads, self.block_size, max_num_seqs, self.dtype, self.device)
-                for rule in rules
+                FlashInferPrefill(rule, *heads, self.block_size, workspace, self.dtype, self.device) for rule in rules
             )
         sizes = (self.block_size, max_num_seqs, max_num_blocks)
-        return tuple(FlashInferDecode(rule, *heads, *sizes, self.dtype, self.device) for rule in rules)
+        return tuple(FlashInferDecode(rule, *heads, *sizes, workspace, self.dtype, self.device) for rule in rules)
 
 
 class Backends(Protocol):
     """`ops` for every layer, and for each phase an attention backend for each of the shape's attention kinds.
 
     `has_graphs`: decode steps may be captured as CUDA graphs. A backend is made for at most `max_num_seqs` sequences
-    that decode in a step; that of the decode phase for tables of at most `max_num_blocks` blocks together.
+    that decode in a step; that of the decode phase for tables of at most `max_num_blocks` blocks together. All may
+    have the same workspace, for they use it in turn.
     """
 
     @property
@@ -95,8 +103,11 @@ class Backends(Protocol):
     @property
     def has_graphs(self) -> bool: ...
 
+    def workspace_bytes(self, tp: int, max_num_seqs: int) -> int:
+        """Bytes of device memory, uint8, that a backend of either phase needs while a step runs."""
+
     def make_attention(
-        self, phase: Phase, tp: int, max_num_seqs: int = 0, max_num_blocks: int = 0
+        self, phase: Phase, tp: int, workspace: torch.Tensor, max_num_seqs: int = 0, max_num_blocks: int = 0
     ) -> tuple[AttentionBackend, ...]: ...
 
 

@@ -167,7 +167,7 @@ class DecoderStage(nn.Module):
             DecoderLayer(shape, i, groups, num_cells, replicated, ops, all_reduce, dtype) for i in layers.indices()
         )
         self._kinds = [shape.layer_kind(i) for i in layers.indices()]
-        vocab_size = padded_vocab_size(shape.vocab_size, groups.layout.tp)
+        vocab_size = padded_vocab_size(shape.vocab_size, groups.layout.tp * num_cells)
         self.embedding: VocabEmbedding | None = None
         if groups.is_first_stage:
             self.embedding = VocabEmbedding(vocab_size, shape.hidden_size, groups.tp, dtype)

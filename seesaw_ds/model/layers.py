@@ -1,7 +1,6 @@
 """Megatron-core's tensor-parallel layers, used for inference with weights that live elsewhere.
 
-The layers are built without memory (on the meta device), then `bind` gives them views: into the weight arena for
-the decoder's matrices, whole tensors for embedding and LM head.
+The layers are built without memory (on the meta device), then `bind` gives them views into the weight arenas.
 """
 
 from __future__ import annotations
@@ -96,6 +95,6 @@ def bind(layer: ColumnLinear | RowLinear | VocabEmbedding, weight: torch.Tensor)
     layer.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def padded_vocab_size(vocab_size: int, tp: int) -> int:
-    """The vocabulary rounded up to a multiple of the tensor-parallel size, as Megatron's vocab layers need."""
-    return -(-vocab_size // tp) * tp
+def padded_vocab_size(vocab_size: int, num_cells: int) -> int:
+    """The vocabulary rounded up so that its tables can be cut into `num_cells`, a multiple of both phases' TP sizes."""
+    return -(-vocab_size // num_cells) * num_cells

@@ -29,6 +29,13 @@ from seesaw_ds.model.sampling_state import BatchPlan, RowParams, Rows, SamplingS
 # Rows are sampled in parts of at most this many logits, which bounds temporary memory: 20 bytes per logit in a
 # plain random batch, up to 50 with top_p.
 _MAX_LOGITS_AT_ONCE = 1 << 24
+_MOST_BYTES_PER_LOGIT = 50
+
+
+def sampling_bytes(num_rows: int, vocab_size: int) -> int:
+    """The most memory that sampling `num_rows` rows takes beside the logits, in bytes."""
+    part = min(num_rows, max(1, _MAX_LOGITS_AT_ONCE // vocab_size))
+    return part * vocab_size * _MOST_BYTES_PER_LOGIT
 
 
 def sample(

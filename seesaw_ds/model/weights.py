@@ -133,13 +133,9 @@ class DummySource:
         return values.normal_(std=self._shape.hidden_size**-0.5, generator=generator)
 
 
-def vocab_shard(
-    read: Callable[[Range], torch.Tensor], vocab_size: int, padded_size: int, rank: int, tp: int
-) -> torch.Tensor:
-    """This rank's rows of a vocabulary table, padded with zeros past the vocabulary's end: (padded / tp, hidden)."""
-    rows = split_evenly(padded_size, tp)[rank]
-    real = read(rows.intersect(Range(0, vocab_size)))
-    if real.shape[0] == rows.size:
-        return real
-    padding = torch.zeros((rows.size - real.shape[0], real.shape[1]), dtype=real.dtype, device=real.device)
-    return torch.cat((real, padding))
+def read_table_cell(read: Callable[[Range], torch.Tensor], vocab_size: int, cell: int, target: torch.Tensor) -> None:
+    """Fill `target` (rows, hidden) with a cell of a vocabulary table, and with zeros past the vocabulary's end."""
+    rows = Range(cell * target.shape[0], (cell + 1) * target.shape[0]).intersect(Range(0, vocab_size))
+    if rows.size:
+        target[: rows.size].copy_(read(rows))
+    target[rows.size :].zero_()

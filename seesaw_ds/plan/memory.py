@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from seesaw_ds.config import RunConfig, dtype_name, max_model_len
 from seesaw_ds.errors import UserError
-from seesaw_ds.layout import Phase
+from seesaw_ds.layout import ParallelLayout, Phase
 from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.sched.packing import LEAST_PROMPT_SHARE
 from seesaw_ds.shapes import DTYPE_BYTES, ModelShape
@@ -111,14 +111,17 @@ def _layer_bytes(run: RunConfig, shape: ModelShape, itemsize: int, rank: int) ->
 
 
 def _embedding_bytes(run: RunConfig, shape: ModelShape, itemsize: int, rank: int) -> int:
-    """Both phases' shards of the embedding and the LM head stay resident; norms are whole on every rank."""
+    """The larger of the two phases' shards of the embedding and the LM head; norms are whole on every rank."""
+    pair = run.layout_pair
     table = shape.vocab_size * shape.hidden_size * itemsize
-    shards = 0
-    for phase in Phase:
-        layout = run.layout_pair[phase]
+    is_shared = shape.tie_word_embeddings and all(pair[phase].pp == 1 for phase in Phase)
+
+    def tables_in(layout: ParallelLayout) -> float:
         stage = layout.coords(rank).pp
-        shards += table // layout.tp * ((stage == 0) + (stage == layout.pp - 1))
-    return shards + (2 * shape.num_layers + 1) * shape.hidden_size * itemsize
+        return ((stage == 0) + (stage == layout.pp - 1 and not is_shared)) / layout.tp
+
+    norms = (2 * shape.num_layers + 1) * shape.hidden_size * itemsize
+    return int(max(tables_in(pair[phase]) for phase in Phase) * table) + norms
 
 
 def _activation_bytes(run: RunConfig, shape: ModelShape, itemsize: int) -> int:

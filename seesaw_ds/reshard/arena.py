@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-from seesaw_ds.reshard.plan import CellTensor
+from seesaw_ds.reshard.plan import CellTensor, ReshardPlan
 
 
 class WeightArena:
@@ -40,3 +41,10 @@ class WeightArena:
     def nbytes(self) -> int:
         """Bytes of all slots."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
+
+
+class PlacedCells(NamedTuple):
+    """One rank's arena, and the plan that says which cells lie where in it."""
+
+    plan: ReshardPlan
+    arena: WeightArena

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from seesaw_ds.layout import Phase
+from seesaw_ds.parallel.scratch import Cutter, padded
 from seesaw_ds.parallel.transport import Handle, Transport
 from seesaw_ds.reshard.arena import WeightArena
 from seesaw_ds.reshard.plan import CellTensor, ReshardPlan, Transfer
@@ -18,6 +19,7 @@ from seesaw_ds.reshard.plan import CellTensor, ReshardPlan, Transfer
 _PIECE_BYTES = 64 << 20
 # One crosses the link, one waits for it, one is copied to its place. So many pieces are all the extra memory.
 _NUM_UNDER_WAY = 3
+EXCHANGE_SCRATCH_BYTES = _NUM_UNDER_WAY * _PIECE_BYTES
 
 
 class _Piece(NamedTuple):
@@ -50,7 +52,8 @@ class ExchangeReshard:
     """Exchanges cells among the ranks of one replica without a second copy of the weights.
 
     `transport` connects (at least) the replica's ranks, and `ranks` are their global numbers in replica order. All of
-    them must call every `run` together. `phase` is whose placement the arena has at the start.
+    them must call every `run` together. `scratch`, of EXCHANGE_SCRATCH_BYTES at least, is used while `run`'s work goes
+    on; without one the exchange has memory of its own. `phase` is whose placement the arena has at the start.
 
     Raises ValueError when the plan's layouts are not nested.
     """
@@ -62,6 +65,7 @@ class ExchangeReshard:
         transport: Transport,
         replica_rank: int,
         ranks: Sequence[int],
+        scratch: torch.Tensor | None = None,
         phase: Phase = Phase.PREFILL,
     ) -> None:
         self._rounds = {to_phase: plan.rounds(to_phase) for to_phase in Phase}
@@ -76,7 +80,11 @@ class ExchangeReshard:
         self._buffers: list[torch.Tensor] = []
         if self._rounds[Phase.DECODE]:
             numel = max(piece.numel for piece in self._pieces)
-            self._buffers = [torch.empty(numel, dtype=arena.dtype, device=arena.device) for _ in range(_NUM_UNDER_WAY)]
+            if scratch is None:
+                num_bytes = _NUM_UNDER_WAY * padded(numel * arena.dtype.itemsize)
+                scratch = torch.empty(num_bytes, dtype=torch.uint8, device=arena.device)
+            cutter = Cutter(scratch)
+            self._buffers = [cutter.take((numel,), arena.dtype) for _ in range(_NUM_UNDER_WAY)]
 
     def run(self, to_phase: Phase) -> int:
         """Exchange cells until the arena has the placement of `to_phase`; returns the bytes received.

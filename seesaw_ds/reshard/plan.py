@@ -9,6 +9,9 @@ phases' TP sizes; a rank owns a rectangle of (layer, cell) in each phase, and it
 
 When one TP size divides the other the pair is nested: cells owned in both phases keep their slot, and the others are
 exchanged in place, in rounds. Otherwise each phase has a placement of its own and weights come from the host.
+
+The vocabulary's tables are cut along the vocabulary and travel by a plan of their own, in which they stand for layers:
+table 0, the embedding, belongs to a phase's first stage, table 1, the LM head, to its last.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from seesaw_ds.layout import LayoutPair, ParallelLayout, Phase, split_evenly
+from seesaw_ds.layout import LayoutPair, ParallelLayout, Phase, Range, split_evenly
 
 
 class CellId(NamedTuple):
@@ -138,8 +141,28 @@ class ReshardPlan:
 
 def plan_reshard(layouts: LayoutPair, num_layers: int) -> ReshardPlan:
     """Plan both directions for one replica of `layouts` and a model of `num_layers` layers."""
+    return _plan(layouts, num_layers, {phase: layouts[phase].stage_layers(num_layers) for phase in Phase})
+
+
+def plan_tables(layouts: LayoutPair, is_tied: bool) -> ReshardPlan:
+    """The same for the embedding and the LM head, as layers 0 and 1.
+
+    `is_tied`: they have the same weights. That is one table, number 0, where no phase has them on different stages.
+    """
+    num_tables = 1 if is_tied and all(layouts[phase].pp == 1 for phase in Phase) else 2
+    return _plan(layouts, num_tables, {phase: _stage_tables(layouts[phase].pp, num_tables) for phase in Phase})
+
+
+def _stage_tables(pp: int, num_tables: int) -> tuple[Range, ...]:
+    """The tables of each stage: all on the only one, or the first on the first and the last on the last."""
+    if pp == 1:
+        return (Range(0, num_tables),)
+    return (Range(0, 1), *(Range(1, 1) for _ in range(pp - 2)), Range(1, 2))
+
+
+def _plan(layouts: LayoutPair, num_layers: int, stage_layers: Mapping[Phase, tuple[Range, ...]]) -> ReshardPlan:
     num_cells = layouts.cells_per_layer
-    placement = {phase: _side_by_side(layouts[phase], num_layers, num_cells) for phase in Phase}
+    placement = {phase: _side_by_side(layouts[phase], stage_layers[phase], num_cells) for phase in Phase}
     num_slots = tuple(
         max(len(prefill), len(decode))
         for prefill, decode in zip(placement[Phase.PREFILL], placement[Phase.DECODE], strict=True)
@@ -159,12 +182,12 @@ def _way_back(rounds: tuple[Round, ...]) -> tuple[Round, ...]:
     return tuple(tuple(transfer.reverse for transfer in round_) for round_ in reversed(rounds))
 
 
-def _side_by_side(layout: ParallelLayout, num_layers: int, num_cells: int) -> tuple[Placement, ...]:
+def _side_by_side(layout: ParallelLayout, stage_layers: tuple[Range, ...], num_cells: int) -> tuple[Placement, ...]:
     """Per rank: its cells in order of layer and cell, in the first slots."""
     placements = []
     for rank in range(layout.replica_size):
         coords = layout.coords(rank)
-        layers = layout.stage_layers(num_layers)[coords.pp].indices()
+        layers = stage_layers[coords.pp].indices()
         cells = split_evenly(num_cells, layout.tp)[coords.tp].indices()
         owned = [CellId(layer, cell) for layer in layers for cell in cells]
         placements.append({cell: slot for slot, cell in enumerate(owned)})

@@ -73,7 +73,7 @@ class DecodeRunner:
         self._inputs = StepInputs(slots.max_num_seqs, hidden_size, pool.tensor.dtype, device)
 
     def warm_up(self) -> None:
-        """Run a step of padding at every size that the executor captures, and every transfer of the pipeline once.
+        """Run a step of padding at each of the executor's sizes, and every transfer of the pipeline once.
 
         Collective over the stage's ranks and over the pipeline.
         """

@@ -11,7 +11,7 @@ Body = Callable[[int], torch.Tensor]
 
 
 class StepExecutor(Protocol):
-    """Runs the device part of a decode step. `sizes` are the batch sizes that are captured, if any."""
+    """Runs the device part of a decode step. `sizes` are the batch sizes to warm up."""
 
     sizes: Sequence[int]
 
@@ -23,9 +23,10 @@ class StepExecutor(Protocol):
 
 
 class EagerExecutor:
-    """Runs the body as it is."""
+    """Runs the body as it is. `sizes` are those at which a warm-up runs it."""
 
-    sizes: Sequence[int] = ()
+    def __init__(self, sizes: Sequence[int] = ()) -> None:
+        self.sizes = sizes
 
     def padded_size(self, num_rows: int) -> int:
         return num_rows

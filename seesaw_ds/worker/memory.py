@@ -1,49 +1,72 @@
-"""How much memory a CUDA device has left for KV, measured after the largest prefill micro-batch has run."""
+"""How much memory a CUDA device has left for KV, measured after the largest steps have run once."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from seesaw_ds.config import RunConfig
 from seesaw_ds.errors import UserError
+from seesaw_ds.kv.transfer import STAGING_BYTES
+from seesaw_ds.model.sampler import sampling_bytes
 from seesaw_ds.plan.memory import GIB
-from seesaw_ds.reshard.arena import WeightArena
 from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.shapes import ModelShape
 
 logger = logging.getLogger(__name__)
 
-# Decode graphs' own buffers, attention workspaces, copy engines' staging: seen to stay below.
-_GRAPH_BYTES = 3 * GIB // 2
-# The graphs of a second layout share the first one's buffers: what is assumed for the graphs themselves, not measured.
-_SECOND_GRAPHS_BYTES = GIB // 2
+# A captured graph of a step of 80 layers, with its attention's plan.
+_GRAPH_BYTES = 24 << 20
+# What the allocator loses between tensors that come and go.
+_FRAGMENT_BYTES = 128 << 20
 
 
-def measure_kv_blocks(run: RunConfig, shape: ModelShape, block_bytes: int, arena: WeightArena) -> int:
-    """KV blocks that fit this device within `gpu_memory_utilization`; says on the log where the memory goes."""
+@dataclass(frozen=True)
+class StepBytes:
+    """What steps take beyond what is always there, as measured: a prefill micro-batch, and a decode step.
+
+    Both count: captured decode steps keep their memory, which `num_graphs` of them share.
+    """
+
+    micro_batch: int
+    decode_step: int
+    num_graphs: int
+
+
+def peak_bytes(work: Callable[[], None]) -> int:
+    """The most device memory that `work` had at once beyond what it found."""
+    found = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - found
+
+
+def measure_kv_blocks(
+    run: RunConfig, shape: ModelShape, block_bytes: int, weight_bytes: int, most_rows: int, steps: StepBytes
+) -> int:
+    """KV blocks that fit this device within `gpu_memory_utilization`; says on the log where the memory goes.
+
+    `weight_bytes` are those of the layers and the vocabulary's tables, `most_rows` the most that are sampled at once.
+    """
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
-    allocated = torch.cuda.memory_allocated()
-    activations = torch.cuda.max_memory_allocated() - allocated
-    outside_torch = total - free - torch.cuda.memory_reserved()
-    logits = 2 * run.max_num_seqs * shape.vocab_size * 4
     budget = int(total * run.gpu_memory_utilization)
-    graphs = _GRAPH_BYTES + (_SECOND_GRAPHS_BYTES if run.may_stay else 0)
-    left = budget - outside_torch - allocated - activations - logits - graphs
-    num_blocks = max(0, left // block_bytes)
-    torch.cuda.empty_cache()  # the prefill's buffers come back in another shape
+    parts = {
+        "weights": weight_bytes,
+        "workspaces": torch.cuda.memory_allocated() - weight_bytes,
+        "activations": max(steps.micro_batch, sampling_bytes(most_rows, shape.vocab_size)),
+        "decode graphs": steps.decode_step + steps.num_graphs * _GRAPH_BYTES,
+        "copies": 2 * STAGING_BYTES + _FRAGMENT_BYTES,
+        "CUDA, NCCL": total - free - torch.cuda.memory_reserved(),
+    }
+    num_blocks = max(0, budget - sum(parts.values())) // block_bytes
     if dist.get_rank() == 0:
-        parts = {
-            "weights": arena.nbytes,
-            "embedding, LM head, workspaces": allocated - arena.nbytes,
-            "KV": num_blocks * block_bytes,
-            "activations": activations,
-            "graphs, logits": logits + graphs,
-            "CUDA, NCCL": outside_torch,
-            "left free": total - budget,
-        }
+        parts |= {"KV": num_blocks * block_bytes, "left free": total - budget}
         text = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
         logger.info("device memory, GiB of %.2f: %s", total / GIB, text)
     return num_blocks
@@ -58,3 +81,11 @@ def check_kv_blocks(run: RunConfig, longest: int, num_blocks: int) -> None:
             f"one request of max_model_len={longest} tokens needs {needed}; use more GPUs, or lower max_model_len or "
             "max_num_batched_tokens"
         )
+
+
+def log_memory_in_use(run: RunConfig) -> None:
+    """Say on the log, from the first rank, what the device has in use once all is made."""
+    free, total = torch.cuda.mem_get_info()
+    if dist.get_rank() == 0:
+        budget = total * run.gpu_memory_utilization
+        logger.info("device memory in use: %.2f GiB, of %.2f to use", (total - free) / GIB, budget / GIB)

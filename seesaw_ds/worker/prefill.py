@@ -49,6 +49,10 @@ class PrefillRunner:
         self._block_size = pool.block_size
         self._kv_caches = [pool.layer(i) for i in range(self._stage.layer_range.size)]
 
+    def detach(self) -> None:
+        """Let go of the pool."""
+        self._kv_caches = []
+
     def run(self, command: Prefill, requests: dict[int, SequenceRequest]) -> SampledTokens | None:
         """Compute a micro-batch; on the last stage return its tokens, else None.
 

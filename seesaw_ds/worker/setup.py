@@ -14,21 +14,17 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from seesaw_ds.checkpoint.cell_layout import is_cells_folder
-from seesaw_ds.checkpoint.source import CellsSource, SafetensorsSource
 from seesaw_ds.config import RunConfig, dtype_name, max_model_len
 from seesaw_ds.kv.device_pool import DeviceKVPool, allocate_kv, block_numel
-from seesaw_ds.kv.exchange import KVExchange
+from seesaw_ds.kv.exchange import KV_SCRATCH_BYTES, KVExchange
 from seesaw_ds.kv.host_pool import HostKVPool
 from seesaw_ds.kv.layout import HostBlockLayout
 from seesaw_ds.layout import Phase, Shard
 from seesaw_ds.model.attention.interface import AttentionBackend
 from seesaw_ds.model.backends import choose_backends
-from seesaw_ds.model.build import build_stages, load_arena
-from seesaw_ds.model.checkpoint import check_checkpoint
+from seesaw_ds.model.build import build_stages
 from seesaw_ds.model.decoder import DecoderStage
 from seesaw_ds.model.rope import ModelRotation
-from seesaw_ds.model.weights import DummySource, WeightSource, cell_tensors
 from seesaw_ds.parallel import device as devices
 from seesaw_ds.parallel.all_reduce import AllReduce, BackendAllReduce, choose_all_reduce
 from seesaw_ds.parallel.groups import ParallelState
@@ -36,22 +32,20 @@ from seesaw_ds.parallel.links import PipelineLink
 from seesaw_ds.parallel.shared_memory import share_mapping
 from seesaw_ds.parallel.transport import BackendTransport, Transport, choose_transport
 from seesaw_ds.plan.memory import PoolSizes, size_pools
-from seesaw_ds.reshard.arena import WeightArena
-from seesaw_ds.reshard.exchange import ExchangeReshard
-from seesaw_ds.reshard.host import HostReshard, HostWeights
-from seesaw_ds.reshard.plan import WeightReshard, plan_reshard
+from seesaw_ds.reshard.arena import PlacedCells
+from seesaw_ds.reshard.exchange import EXCHANGE_SCRATCH_BYTES
+from seesaw_ds.reshard.plan import WeightReshard
 from seesaw_ds.sched.blocks import blocks_for
-from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
+from seesaw_ds.shapes import model_shape, read_hf_config
 from seesaw_ds.worker.decode import DecodeRunner
-from seesaw_ds.worker.graphs import EagerExecutor, GraphExecutor, GraphPool, StepExecutor
-from seesaw_ds.worker.memory import check_kv_blocks, measure_kv_blocks
+from seesaw_ds.worker.graphs import EagerExecutor, GraphExecutor, GraphPool, StepExecutor, graph_sizes
+from seesaw_ds.worker.memory import StepBytes, check_kv_blocks, log_memory_in_use, measure_kv_blocks, peak_bytes
 from seesaw_ds.worker.prefill import PrefillRunner
 from seesaw_ds.worker.slots import DecodingSlots, TokenFeedback
 from seesaw_ds.worker.warmup import warm_up_blocks, warm_up_prefill
+from seesaw_ds.worker.weights import load_weights
 
 logger = logging.getLogger(__name__)
-
-LOAD_PROGRESS_SECONDS = 5.0
 
 
 @dataclass
@@ -73,7 +67,8 @@ class Engine:
 
     state: ParallelState
     stages: dict[Phase, DecoderStage]
-    arena: WeightArena
+    layers: PlacedCells
+    tables: PlacedCells
     reshard: WeightReshard
     pools: dict[Phase, DeviceKVPool]
     kv_exchange: KVExchange
@@ -122,9 +117,8 @@ def build_engine(run: RunConfig, timer: StartUpTimer) -> Engine:
         builder.make_host_pool()
     with timer.part("warm-up"):
         builder.make_prefill()
-        builder.warm_up_prefill()
+        builder.warm_up()
         builder.make_decode()
-        builder.warm_up_decode()
     return builder.engine()
 
 
@@ -143,10 +137,10 @@ class _EngineBuilder:
         with timer.part("groups"):
             self._state = ParallelState(self._layouts)
         self._replica_rank = dist.get_rank() - self._state.replica_ranks[0]
-        self._plan = plan_reshard(self._layouts, self._shape.num_layers)
         self._backends = choose_backends(self._shape, run.kv_block_size, self._dtype, self._device)
         self._all_reduces = self._choose_all_reduces()
         self._transport = self._choose_transport()
+        self._scratch = torch.empty(self._scratch_bytes(), dtype=torch.uint8, device=self._device)
         self._max_blocks_per_seq = blocks_for(self._longest, run.kv_block_size)
         self._slots = DecodingSlots(run.max_num_seqs, self._max_blocks_per_seq, self._shape.vocab_size, self._device)
         self._links: dict[Phase, PipelineLink] = {}
@@ -181,39 +175,38 @@ class _EngineBuilder:
             return BackendTransport(group, self._device)
         return choose_transport(group, self._device)
 
+    def _scratch_bytes(self) -> int:
+        """Of what attention and the changes of layout use in turn."""
+        layouts = self._layouts
+        sizes = [self._backends.workspace_bytes(layouts[phase].tp, self._most_rows(phase)) for phase in Phase]
+        if not layouts.is_static:
+            sizes += [EXCHANGE_SCRATCH_BYTES, KV_SCRATCH_BYTES]
+        return max(sizes)
+
     def load_weights(self) -> None:
-        run, shape, plan = self._run, self._shape, self._plan
-        pieces = cell_tensors(shape, self._layouts.cells_per_layer)
-        self._arena = WeightArena(pieces, plan.num_slots[self._replica_rank], self._dtype, self._device)
-        source = _source(run, shape, self._dtype, self._device)
-        host_weights = None
-        if run.weight_reshard == "host":
-            cells = (pieces, shape.num_layers, self._layouts.cells_per_layer, self._dtype)
-            num_bytes = HostWeights.required_bytes(*cells)
-            layer_bytes = num_bytes // shape.num_layers
-            mapping = share_mapping("weights", num_bytes, self._state.replica, self._device, layer_bytes)
-            host_weights = HostWeights(mapping, *cells)
-        load_arena(self._arena, plan, self._replica_rank, source, host_weights, _LoadProgress())
+        self._weights = load_weights(
+            self._run,
+            self._shape,
+            self._state,
+            self._replica_rank,
+            self._transport,
+            self._scratch,
+            self._dtype,
+            self._device,
+        )
         self._stages = build_stages(
-            shape,
+            self._shape,
             self._layouts,
             self._state,
-            plan,
-            self._arena,
+            self._weights.layers,
+            self._weights.tables,
             self._replica_rank,
-            source,
+            self._weights.source,
             self._backends.ops,
             self._all_reduces,
             self._dtype,
             self._device,
         )
-        dist.barrier(group=self._state.replica)
-        self._reshard: WeightReshard
-        if host_weights is not None:
-            self._reshard = HostReshard(plan, self._arena, host_weights, self._replica_rank)
-        else:
-            ranks = list(self._state.replica_ranks)
-            self._reshard = ExchangeReshard(plan, self._arena, self._transport, self._replica_rank, ranks)
 
     def make_host_pool(self) -> None:
         run, shape = self._run, self._shape
@@ -234,38 +227,78 @@ class _EngineBuilder:
             self._stages[Phase.PREFILL],
             self._links[Phase.PREFILL],
             self._rotary,
-            self._backends.make_attention(Phase.PREFILL, self._layouts.prefill.tp, self._run.max_num_seqs),
+            self._backends.make_attention(Phase.PREFILL, self._layouts.prefill.tp, self._scratch),
             self._slots,
             self._feedback[Phase.PREFILL],
             self._device,
         )
 
-    def warm_up_prefill(self) -> None:
-        """Run the largest micro-batch once: kernels and communicators are made, and its memory becomes known."""
-        if devices.is_cuda(self._device):
-            self._prefill.attach(self._pools(warm_up_blocks(self._run, self._longest))[Phase.PREFILL])
-            warm_up_prefill(self._prefill, self._run, self._shape, self._longest)
-            self._feedback[Phase.PREFILL].warm_up()
-            self._links[Phase.PREFILL].drain()
-            get_accelerator().synchronize()
+    def warm_up(self) -> None:
+        """Run the largest steps and a change of layout there and back, on a few KV blocks.
+
+        Kernels and communicators are made, and what memory all that takes becomes known.
+        """
+        self._attentions = {phase: self._decode_attention(phase) for phase in self._decode_layouts()}
+        if not devices.is_cuda(self._device):
+            return
+        pools = self._pools(warm_up_blocks(self._run, self._longest))
+        self._prefill.attach(pools[Phase.PREFILL])
+        self._step_bytes = StepBytes(
+            micro_batch=peak_bytes(self._warm_up_prefill),
+            decode_step=peak_bytes(lambda: self._warm_up_decode(pools)),
+            num_graphs=sum(len(graph_sizes(self._most_rows(phase))) for phase in self._attentions),
+        )
+        self._prefill.detach()
+
+    def _warm_up_prefill(self) -> None:
+        warm_up_prefill(self._prefill, self._run, self._shape, self._longest)
+        self._feedback[Phase.PREFILL].warm_up()
+        self._links[Phase.PREFILL].drain()
+
+    def _warm_up_decode(self, pools: dict[Phase, DeviceKVPool]) -> None:
+        kv_exchange = self._make_kv_exchange(pools)
+        with torch.inference_mode():
+            for phase in (Phase.DECODE, Phase.PREFILL):
+                self._weights.reshard.run(phase)
+                kv_exchange.run(phase, [0])
+                self._state.activate(phase)
+                if phase in self._attentions:
+                    self._decode_runner(phase, EagerExecutor([self._most_rows(phase)]), pools).warm_up()
+                if phase is Phase.DECODE:
+                    self._slots.warm_up(self._dtype)
 
     def make_decode(self) -> None:
-        """Allocate the KV pools, of what memory is left beside the attention's workspaces, and make the runners."""
-        attentions = {phase: self._decode_attention(phase) for phase in self._decode_layouts()}
+        """Allocate the KV pools, of what memory is left, and make the runners; capture the graphs of decode steps."""
         num_blocks = self._num_kv_blocks()
         self._sizes = dataclasses.replace(self._sizes, num_gpu_blocks=num_blocks)
         self._kv_pools = self._pools(num_blocks + 1)  # one for DecodeRunner's padding
         self._prefill.attach(self._kv_pools[Phase.PREFILL])
-        shape, state = self._shape, self._state
-        self._kv_exchange = KVExchange(
-            self._layouts, self._kv_pools, shape.num_layers, shape.num_kv_heads, self._transport, state.replica_ranks
-        )
+        self._kv_exchange = self._make_kv_exchange(self._kv_pools)
         graph_pool = GraphPool()
         self._decode = {
-            phase: self._decode_runner(phase, attention, graph_pool) for phase, attention in attentions.items()
+            phase: self._decode_runner(phase, self._executor(phase, graph_pool), self._kv_pools)
+            for phase in self._attentions
         }
+        if devices.is_cuda(self._device):
+            self._capture()
         if self._layouts.is_static:
             self._decode[Phase.PREFILL] = self._decode[Phase.DECODE]
+
+    def _capture(self) -> None:
+        """Capture every graph. The weights stay as they are in prefill: what these steps compute nobody reads."""
+        with torch.inference_mode():
+            for phase in (Phase.DECODE, Phase.PREFILL):
+                self._state.activate(phase)
+                if phase in self._attentions:
+                    self._decode[phase].warm_up()
+        get_accelerator().synchronize()
+        log_memory_in_use(self._run)
+
+    def _make_kv_exchange(self, pools: dict[Phase, DeviceKVPool]) -> KVExchange:
+        shape, ranks = self._shape, self._state.replica_ranks
+        return KVExchange(
+            self._layouts, pools, shape.num_layers, shape.num_kv_heads, self._transport, ranks, self._scratch
+        )
 
     def _decode_layouts(self) -> tuple[Phase, ...]:
         """The phases in whose layouts there are decode steps; one stands for both where the layouts are the same."""
@@ -278,24 +311,24 @@ class _EngineBuilder:
     def _decode_attention(self, phase: Phase) -> tuple[AttentionBackend, ...]:
         num_rows = self._most_rows(phase)
         return self._backends.make_attention(
-            Phase.DECODE, self._layouts[phase].tp, num_rows, num_rows * self._max_blocks_per_seq
+            Phase.DECODE, self._layouts[phase].tp, self._scratch, num_rows, num_rows * self._max_blocks_per_seq
         )
 
-    def _decode_runner(
-        self, phase: Phase, attention: tuple[AttentionBackend, ...], graph_pool: GraphPool
-    ) -> DecodeRunner:
-        executor: StepExecutor = EagerExecutor()
-        if self._backends.has_graphs:
-            executor = GraphExecutor(self._most_rows(phase), self._all_reduces[phase].after_capture, graph_pool)
+    def _executor(self, phase: Phase, graph_pool: GraphPool) -> StepExecutor:
+        if not self._backends.has_graphs:
+            return EagerExecutor()
+        return GraphExecutor(self._most_rows(phase), self._all_reduces[phase].after_capture, graph_pool)
+
+    def _decode_runner(self, phase: Phase, executor: StepExecutor, pools: dict[Phase, DeviceKVPool]) -> DecodeRunner:
         return DecodeRunner(
             self._stages[phase],
             self._links[phase],
             self._rotary,
-            attention,
+            self._attentions[phase],
             executor,
             self._slots,
             self._feedback[phase],
-            self._kv_pools[phase],
+            pools[phase],
             self._shape.hidden_size,
             self._device,
         )
@@ -306,7 +339,10 @@ class _EngineBuilder:
         if run.num_gpu_kv_blocks is not None or not devices.is_cuda(self._device):
             return self._sizes.num_gpu_blocks
         block_bytes = self._block_numel() * self._dtype.itemsize
-        lowest = torch.tensor(measure_kv_blocks(run, self._shape, block_bytes, self._arena), device=self._device)
+        weight_bytes = self._weights.layers.arena.nbytes + self._weights.tables.arena.nbytes
+        most_rows = max(map(self._most_rows, Phase))
+        num_blocks = measure_kv_blocks(run, self._shape, block_bytes, weight_bytes, most_rows, self._step_bytes)
+        lowest = torch.tensor(num_blocks, device=self._device)
         dist.all_reduce(lowest, dist.ReduceOp.MIN, group=self._state.replica)
         check_kv_blocks(run, self._longest, int(lowest))
         return min(int(lowest), run.max_num_seqs * self._max_blocks_per_seq)
@@ -325,27 +361,13 @@ class _EngineBuilder:
         block_size, head_dim = self._run.kv_block_size, self._shape.head_dim
         return {phase: DeviceKVPool(memory, self._shard(phase), block_size, head_dim) for phase in Phase}
 
-    def warm_up_decode(self) -> None:
-        """Re-shard there and back, capture every graph, and make the pipeline's communicators."""
-        if not devices.is_cuda(self._device):
-            return
-        with torch.inference_mode():
-            for phase in (Phase.DECODE, Phase.PREFILL):
-                self._reshard.run(phase)
-                self._kv_exchange.run(phase, [0])
-                self._state.activate(phase)
-                if phase in self._decode_layouts():
-                    self._decode[phase].warm_up()
-                if phase is Phase.DECODE:
-                    self._slots.warm_up(self._dtype)
-        get_accelerator().synchronize()
-
     def engine(self) -> Engine:
         return Engine(
             state=self._state,
             stages=self._stages,
-            arena=self._arena,
-            reshard=self._reshard,
+            layers=self._weights.layers,
+            tables=self._weights.tables,
+            reshard=self._weights.reshard,
             pools=self._kv_pools,
             kv_exchange=self._kv_exchange,
             host_pool=self._host_pool,
@@ -358,14 +380,6 @@ class _EngineBuilder:
         )
 
 
-def _source(run: RunConfig, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> WeightSource:
-    if run.load_format == "dummy":
-        return DummySource(shape, dtype, device, run.seed)
-    if is_cells_folder(run.model):
-        return CellsSource(run.model, shape, dtype)
-    return SafetensorsSource(shape, check_checkpoint(run.model, shape), dtype)
-
-
 def _usable_device_bytes(device: torch.device) -> int:
     """The memory of this rank's device; on CPU an equal share of half of what the node has free."""
     accelerator = get_accelerator()
@@ -374,16 +388,3 @@ def _usable_device_bytes(device: torch.device) -> int:
     return (
         int(accelerator.available_memory()) // 2 // int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["LOCAL_SIZE"])
     )
-
-
-class _LoadProgress:
-    """Says on the log how far loading is, every few seconds, from the first rank."""
-
-    def __init__(self) -> None:
-        self._said = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if dist.get_rank() == 0 and now - self._said > LOAD_PROGRESS_SECONDS:
-            self._said = now
-            logger.info("weights: %d of %d cells", done, total)

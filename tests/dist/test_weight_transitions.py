@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from engine_run import build_cpu_engine
 from harness import run_ranks
 from seesaw_ds.config import RunConfig
 from seesaw_ds.layout import LayoutPair, Phase, Range, split_evenly
+from seesaw_ds.model.decoder import DecoderStage
 from seesaw_ds.worker.setup import Engine
 from workload import make_model, run_config
 
@@ -72,7 +74,7 @@ def check_layers(engine: Engine, tensors: dict[str, torch.Tensor], layouts: Layo
 
 
 def check_vocabulary(engine: Engine, tensors: dict[str, torch.Tensor], phase: Phase) -> None:
-    """Compare embedding and LM head, which stay resident, with their padding of zeros."""
+    """Compare embedding and LM head, with their padding of zeros."""
     stage, groups = engine.stages[phase], engine.state[phase]
     embedding = tensors["model.embed_tokens.weight"]
     head = tensors.get("lm_head.weight", embedding)
@@ -80,9 +82,15 @@ def check_vocabulary(engine: Engine, tensors: dict[str, torch.Tensor], phase: Ph
     assert (stage.head is not None) == groups.is_last_stage
     for module, table in ((stage.embedding, embedding), (stage.head, head)):
         if module is not None:
-            padding = -table.shape[0] % groups.layout.tp
+            padding = -table.shape[0] % math.lcm(*(engine.state[phase].layout.tp for phase in Phase))
             padded = torch.cat((table, torch.zeros(padding, table.shape[1])))
             assert torch.equal(module.weight, padded.chunk(groups.layout.tp)[groups.coords.tp])
+
+
+def table_bytes(stage: DecoderStage) -> int:
+    """Bytes of a stage's embedding and LM head, counted once where they are the same memory."""
+    weights = [module.weight for module in (stage.embedding, stage.head) if module is not None]
+    return sum({weight.data_ptr(): weight.nbytes for weight in weights}.values())
 
 
 def transit_ten_times(run: RunConfig) -> tuple[int, int, int]:
@@ -99,12 +107,13 @@ def transit_ten_times(run: RunConfig) -> tuple[int, int, int]:
         num_bytes += engine.reshard.run(phase)
         matrix_bytes[phase] = check_layers(engine, tensors, layouts, phase)
         check_vocabulary(engine, tensors, phase)
-    assert engine.arena.nbytes == max(matrix_bytes.values())
+    assert engine.layers.arena.nbytes == max(matrix_bytes.values())
+    assert engine.tables.arena.nbytes == max(map(table_bytes, engine.stages.values()))
     for phase, stage in engine.stages.items():
         assert addresses[phase] == [parameter.data_ptr() for parameter in stage.parameters()]
     dist.barrier()
     engine.close()
-    return num_bytes, engine.arena.nbytes, engine.pool_sizes.device.weights
+    return num_bytes, engine.layers.arena.nbytes, engine.pool_sizes.device.weights
 
 
 @pytest.mark.parametrize(

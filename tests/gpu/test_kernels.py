@@ -100,6 +100,12 @@ def make_batch(query_lens: list[int], kv_lens: list[int], num_blocks: int, num_r
     return AttentionBatch(np.array(query_lens, np.int32), np.array(kv_lens, np.int32), tables, num_rows)
 
 
+def workspace() -> torch.Tensor:
+    from seesaw_ds.model.attention.flashinfer_backend import workspace_bytes
+
+    return torch.empty(workspace_bytes(8, HEADS, HEAD_DIM), dtype=torch.uint8, device="cuda")
+
+
 def attention_error(
     backend, query_lens: list[int], kv_lens: list[int], rule: AttentionRule = PLAIN, num_rows: int = 0
 ) -> float:
@@ -117,7 +123,9 @@ def attention_error(
 def test_prefill_attention_with_whole_prompts_and_later_chunks(rule: AttentionRule) -> None:
     from seesaw_ds.model.attention.flashinfer_backend import FlashInferPrefill
 
-    backend = FlashInferPrefill(rule, HEADS, KV_HEADS, HEAD_DIM, BLOCK, 8, torch.bfloat16, torch.device("cuda"))
+    backend = FlashInferPrefill(
+        rule, HEADS, KV_HEADS, HEAD_DIM, BLOCK, workspace(), torch.bfloat16, torch.device("cuda")
+    )
     assert attention_error(backend, [5, 300, 17, 64], [5, 300, 900, 65], rule) < 1e-2
     assert attention_error(backend, [1, 130], [1, 1000], rule) < 1e-2
     assert attention_error(backend, [1, 1, 1, 300, 17], [700, 1, 33, 300, 900], rule, num_rows=3) < 1e-2
@@ -128,7 +136,9 @@ def test_prefill_attention_with_whole_prompts_and_later_chunks(rule: AttentionRu
 def test_decode_attention_at_several_sizes(rule: AttentionRule) -> None:
     from seesaw_ds.model.attention.flashinfer_backend import FlashInferDecode
 
-    backend = FlashInferDecode(rule, HEADS, KV_HEADS, HEAD_DIM, BLOCK, 8, 600, torch.bfloat16, torch.device("cuda"))
+    backend = FlashInferDecode(
+        rule, HEADS, KV_HEADS, HEAD_DIM, BLOCK, 8, 600, workspace(), torch.bfloat16, torch.device("cuda")
+    )
     for kv_lens in ([1], [16, 17], [900, 3, 250, 31], [1000, 2], [5, 6, 7, 8]):
         assert attention_error(backend, [1] * len(kv_lens), kv_lens, rule) < 1e-2
 
@@ -138,7 +148,7 @@ def test_a_captured_step_replays_with_a_new_plan() -> None:
     from seesaw_ds.worker.graphs import GraphExecutor, GraphPool
 
     device = torch.device("cuda")
-    backend = FlashInferDecode(PLAIN, HEADS, KV_HEADS, HEAD_DIM, BLOCK, 4, 600, torch.bfloat16, device)
+    backend = FlashInferDecode(PLAIN, HEADS, KV_HEADS, HEAD_DIM, BLOCK, 4, 600, workspace(), torch.bfloat16, device)
     reference = TorchAttention(PLAIN, BLOCK, device)
     executor = GraphExecutor(4, lambda: None, GraphPool())
     pool = random(600, 3, 2, KV_HEADS, BLOCK, HEAD_DIM)

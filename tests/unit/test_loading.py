@@ -19,11 +19,11 @@ from seesaw_ds.checkpoint.tensor_files import StoredTensor, read_index
 from seesaw_ds.checkpoint.transpose import transpose
 from seesaw_ds.errors import UserError
 from seesaw_ds.layout import LayoutPair, Phase, Range
-from seesaw_ds.model.build import load_arena
+from seesaw_ds.model.build import load_layers
 from seesaw_ds.model.checkpoint import check_checkpoint
 from seesaw_ds.model.tensors import projections
 from seesaw_ds.model.weights import cell_tensors
-from seesaw_ds.reshard.arena import WeightArena
+from seesaw_ds.reshard.arena import PlacedCells, WeightArena
 from seesaw_ds.reshard.plan import plan_reshard
 from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
 
@@ -155,7 +155,9 @@ def load(folder: Path, layouts: str, rank: int) -> tuple[WeightArena, list[tuple
     pieces = cell_tensors(shape, pair.cells_per_layer)
     arena = WeightArena(pieces, plan.num_slots[rank], torch.float32, torch.device("cpu"))
     progress: list[tuple[int, int]] = []
-    load_arena(arena, plan, rank, open_source(folder, shape), None, lambda *counts: progress.append(counts))
+    load_layers(
+        PlacedCells(plan, arena), rank, open_source(folder, shape), None, lambda *counts: progress.append(counts)
+    )
     return arena, progress
 
 

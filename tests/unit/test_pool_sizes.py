@@ -81,7 +81,7 @@ def test_the_fullest_rank_bounds_the_pool():
         layouts: size_pools(replace(RUN, layouts=layouts, gpu_memory_utilization=0.2), shape, GIB)
         for layouts in ("P4", "P4[2,3,2,1]", "P4[3,2,2,1]", "P4[1,1,1,5]")
     }
-    for layouts, num_layers, num_tables in (("P4[2,3,2,1]", 3, 0), ("P4[3,2,2,1]", 3, 2), ("P4[1,1,1,5]", 5, 2)):
+    for layouts, num_layers, num_tables in (("P4[2,3,2,1]", 3, 0), ("P4[3,2,2,1]", 3, 1), ("P4[1,1,1,5]", 5, 1)):
         device = sizes[layouts].device
         assert device.weights == num_layers * SHAPE.layer_parameters * 2, layouts
         assert device.kv == sizes[layouts].num_gpu_blocks * num_layers * ROW_BYTES // 8
@@ -130,3 +130,20 @@ def test_shorter_requests_need_smaller_pools():
     assert size_pools(run, SHAPE, GIB).num_gpu_blocks == 2
     with pytest.raises(UserError, match="num_gpu_kv_blocks=2"):
         size_pools(replace(run, max_model_len=33), SHAPE, GIB)
+
+
+@pytest.mark.parametrize(
+    ("layouts", "is_tied", "num_tables"),
+    [
+        ("P4->T4", False, 1),
+        ("T4", False, 0.5),
+        ("T4", True, 0.25),
+        ("P4", True, 1),
+        ("T2P2->T4", False, 0.5),
+        ("T1", True, 1),
+    ],
+)
+def test_tables_take_the_larger_phases_share_on_the_fullest_rank(layouts, is_tied, num_tables):
+    shape = replace(SHAPE, vocab_size=8000, tie_word_embeddings=is_tied)
+    sizes = size_pools(replace(RUN, layouts=layouts), shape, 64 * GIB)
+    assert sizes.device.embeddings - 17 * 512 * 2 == num_tables * 8000 * 512 * 2

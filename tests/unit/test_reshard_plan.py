@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from seesaw_ds.layout import LayoutPair, Phase, split_evenly
-from seesaw_ds.reshard.plan import CellId, ReshardPlan, plan_reshard
+from seesaw_ds.reshard.plan import CellId, ReshardPlan, plan_reshard, plan_tables
 
 NESTED = [
     "P2->T2", "T2->P2", "P4->T4", "T4->P4", "T2P2->T4", "T4->T2P2", "P4->T2P2", "T2P2->P4", "P3->T3", "P6->T3P2",
@@ -165,3 +165,25 @@ def test_reading_the_lacking_cells_from_the_host_completes_the_arena(text):
             for rank, expected in enumerate(loaded(plan, to_phase)):
                 slots[rank].update({slot: cell for cell, slot in plan.incoming(to_phase, rank).items()})
                 assert {slot: slots[rank][slot] for slot in expected} == expected
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("text", NESTED + STATIC)
+def test_the_vocabularys_tables_go_where_each_phase_needs_them(text, is_tied):
+    layouts = LayoutPair.parse(text)
+    plan = plan_tables(layouts, is_tied)
+    has_stages = any(layouts[phase].pp > 1 for phase in Phase)
+    assert plan.num_layers == (2 if has_stages or not is_tied else 1)
+    for phase in Phase:
+        layout = layouts[phase]
+        width = plan.cells_per_rank(phase)
+        for rank, placement in enumerate(plan.placement[phase]):
+            coords = layout.coords(rank)
+            tables = {0} if coords.pp == 0 else set()
+            tables |= {plan.num_layers - 1} if coords.pp == layout.pp - 1 else set()
+            cells = range(coords.tp * width, (coords.tp + 1) * width)
+            assert set(placement) == {CellId(table, cell) for table in tables for cell in cells}
+    slots = loaded(plan, Phase.PREFILL)
+    for phase in (Phase.DECODE, Phase.PREFILL, Phase.DECODE):
+        exchange(plan, slots, phase)
+        assert slots == loaded(plan, phase)

@@ -9,9 +9,10 @@ from cells import load_cells
 from models import make_llama
 from seesaw_ds.checkpoint.source import SafetensorsSource
 from seesaw_ds.layout import Range, split_evenly
+from seesaw_ds.model.build import table_cell
 from seesaw_ds.model.checkpoint import check_checkpoint
 from seesaw_ds.model.tensors import replicated_tensors
-from seesaw_ds.model.weights import DummySource, WeightSource, vocab_shard
+from seesaw_ds.model.weights import DummySource, WeightSource, read_table_cell
 from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
 
 CUTS = [1, 2, 4, 8]
@@ -57,14 +58,14 @@ def test_cells_make_up_the_checkpoints_tensors(checkpoint, num_cells):
             assert torch.equal(matrix, tensors[f"model.layers.{layer}.{module}.{name}_proj.weight"]), (layer, name)
 
 
-@pytest.mark.parametrize("tp", CUTS)
-def test_vocabulary_shards_make_up_the_padded_tables(checkpoint, tp):
+@pytest.mark.parametrize("num_cells", CUTS)
+def test_table_cells_make_up_the_padded_tables(checkpoint, num_cells):
     shape, tensors, source = checkpoint
-    padded_size = -(-shape.vocab_size // tp) * tp
+    spec = table_cell(shape, num_cells)
     for read, name in ((source.embedding, "model.embed_tokens.weight"), (source.head, "lm_head.weight")):
-        shards = [vocab_shard(read, shape.vocab_size, padded_size, rank, tp) for rank in range(tp)]
-        assert {tuple(shard.shape) for shard in shards} == {(padded_size // tp, shape.hidden_size)}
-        table = torch.cat(shards)
+        table = torch.full((num_cells * spec.rows, spec.cols), torch.nan)
+        for cell, target in enumerate(table.chunk(num_cells)):
+            read_table_cell(read, shape.vocab_size, cell, target)
         assert torch.equal(table[: shape.vocab_size], tensors[name])
         assert not table[shape.vocab_size :].any()
 

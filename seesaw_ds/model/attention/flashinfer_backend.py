@@ -13,7 +13,8 @@ from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPaged
 from seesaw_ds.model.attention.interface import AttentionBatch, AttentionRule
 from seesaw_ds.parallel.device import to_device
 
-WORKSPACE_BYTES = 256 << 20
+_CHUNK_BYTES = 256 << 20
+_ROW_BYTES = 128 << 20
 # Partial results of sequences whose KV is split over several blocks of threads: FlashInfer 0.6.14 was seen to ask for
 # 24 float32 copies of a step's output.
 _SPLIT_COPIES = 24
@@ -53,14 +54,16 @@ def _pages(kv_lens: np.ndarray, block_tables: np.ndarray, block_size: int) -> tu
     return offsets, block_tables[used], (kv_lens - (num_blocks - 1) * block_size).astype(np.int32)
 
 
-def _decode_workspace_bytes(max_num_rows: int, num_heads: int, head_dim: int) -> int:
-    return WORKSPACE_BYTES // 2 + _SPLIT_COPIES * max_num_rows * num_heads * head_dim * 4
+def workspace_bytes(max_num_rows: int, num_heads: int, head_dim: int) -> int:
+    """What a backend of either phase needs for at most `max_num_rows` decode rows in a step."""
+    return max(_CHUNK_BYTES, _ROW_BYTES + _SPLIT_COPIES * max_num_rows * num_heads * head_dim * 4)
 
 
 class FlashInferPrefill:
     """Chunks of prompts, of any lengths, after decode rows; causal, each attends to what its sequence has in the cache.
 
-    Decode rows have a kernel of their own, which splits long KV among thread blocks.
+    Decode rows have a kernel of their own, which splits long KV among thread blocks. `workspace`, of `workspace_bytes`,
+    may be used by others on the same stream between the calls.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class FlashInferPrefill:
         num_kv_heads: int,
         head_dim: int,
         block_size: int,
-        max_num_rows: int,
+        workspace: torch.Tensor,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -81,11 +84,8 @@ class FlashInferPrefill:
         self._device = device
         self._num_rows = 0
         self._has_chunks = False
-        chunk_workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self._chunks = BatchPrefillWithPagedKVCacheWrapper(chunk_workspace, "HND")
-        row_bytes = _decode_workspace_bytes(max_num_rows, num_heads, head_dim)
-        row_workspace = torch.empty(row_bytes, dtype=torch.uint8, device=device)
-        self._rows = BatchDecodeWithPagedKVCacheWrapper(row_workspace, "HND", use_tensor_cores=True, backend="fa2")
+        self._chunks = BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
+        self._rows = BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True, backend="fa2")
         self._fence = _PlanFence()
 
     def plan(self, batch: AttentionBatch) -> None:
@@ -134,7 +134,7 @@ class FlashInferPrefill:
 
 class FlashInferDecode:
     """One token a sequence. For each batch size one wrapper, over buffers that stay in place, so that CUDA graphs
-    captured at that size can be replayed after another `plan`."""
+    captured at that size can be replayed after another `plan`. `workspace` as above."""
 
     def __init__(
         self,
@@ -145,6 +145,7 @@ class FlashInferDecode:
         block_size: int,
         max_num_seqs: int,
         max_num_blocks: int,
+        workspace: torch.Tensor,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -153,8 +154,7 @@ class FlashInferDecode:
         self._block_size = block_size
         self._dtype = dtype
         self._device = device
-        workspace_bytes = _decode_workspace_bytes(max_num_seqs, num_heads, head_dim)
-        self._workspace = torch.empty(workspace_bytes, dtype=torch.uint8, device=device)
+        self._workspace = workspace
         self._blocks = torch.zeros(max_num_blocks, dtype=torch.int32, device=device)
         self._offsets = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
         self._last_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
