@@ -19,8 +19,8 @@ from seesaw_ds.shapes import ModelShape
 
 logger = logging.getLogger(__name__)
 
-# A captured graph of a step of 80 layers, with its attention's plan.
-_GRAPH_BYTES = 24 << 20
+# A captured graph of a step of 80 layers.
+_GRAPH_BYTES = 8 << 20
 # What the allocator loses between tensors that come and go.
 _FRAGMENT_BYTES = 128 << 20
 
@@ -56,11 +56,12 @@ def measure_kv_blocks(
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     budget = int(total * run.gpu_memory_utilization)
+    logits_bytes = most_rows * shape.vocab_size * torch.float32.itemsize
     parts = {
         "weights": weight_bytes,
         "workspaces": torch.cuda.memory_allocated() - weight_bytes,
         "activations": max(steps.micro_batch, sampling_bytes(most_rows, shape.vocab_size)),
-        "decode graphs": steps.decode_step + steps.num_graphs * _GRAPH_BYTES,
+        "decode graphs": steps.decode_step + logits_bytes + steps.num_graphs * _GRAPH_BYTES,
         "copies": 2 * STAGING_BYTES + _FRAGMENT_BYTES,
         "CUDA, NCCL": total - free - torch.cuda.memory_reserved(),
     }
@@ -83,9 +84,13 @@ def check_kv_blocks(run: RunConfig, longest: int, num_blocks: int) -> None:
         )
 
 
-def log_memory_in_use(run: RunConfig) -> None:
+def log_memory_in_use(run: RunConfig, free_before_graphs: int) -> None:
     """Say on the log, from the first rank, what the device has in use once all is made."""
     free, total = torch.cuda.mem_get_info()
     if dist.get_rank() == 0:
-        budget = total * run.gpu_memory_utilization
-        logger.info("device memory in use: %.2f GiB, of %.2f to use", (total - free) / GIB, budget / GIB)
+        logger.info(
+            "device memory in use: %.2f GiB, of %.2f to use; decode graphs took %.2f",
+            (total - free) / GIB,
+            total * run.gpu_memory_utilization / GIB,
+            (free_before_graphs - free) / GIB,
+        )

@@ -286,13 +286,14 @@ class _EngineBuilder:
 
     def _capture(self) -> None:
         """Capture every graph. The weights stay as they are in prefill: what these steps compute nobody reads."""
+        free, _ = torch.cuda.mem_get_info()
         with torch.inference_mode():
             for phase in (Phase.DECODE, Phase.PREFILL):
                 self._state.activate(phase)
                 if phase in self._attentions:
                     self._decode[phase].warm_up()
         get_accelerator().synchronize()
-        log_memory_in_use(self._run)
+        log_memory_in_use(self._run, free)
 
     def _make_kv_exchange(self, pools: dict[Phase, DeviceKVPool]) -> KVExchange:
         shape, ranks = self._shape, self._state.replica_ranks

@@ -14,6 +14,7 @@ from seesaw_ds.model.attention.interface import AttentionBatch, AttentionRule
 from seesaw_ds.parallel.device import to_device
 
 _CHUNK_BYTES = 256 << 20
+_PLAN_BYTES = 8 << 20
 _ROW_BYTES = 128 << 20
 # Partial results of sequences whose KV is split over several blocks of threads: FlashInfer 0.6.14 was seen to ask for
 # 24 float32 copies of a step's output.
@@ -155,6 +156,7 @@ class FlashInferDecode:
         self._dtype = dtype
         self._device = device
         self._workspace = workspace
+        self._plan = torch.empty(_PLAN_BYTES, dtype=torch.uint8, device=device)  # of the step that runs, of any size
         self._blocks = torch.zeros(max_num_blocks, dtype=torch.int32, device=device)
         self._offsets = torch.zeros(max_num_seqs + 1, dtype=torch.int32, device=device)
         self._last_lens = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
@@ -193,5 +195,6 @@ class FlashInferDecode:
                 paged_kv_last_page_len_buffer=self._last_lens[:num_seqs],
                 backend="fa2",
             )
+            wrapper.reset_workspace_buffer(self._workspace, self._plan)
             self._wrappers[num_seqs] = (wrapper, _PlanFence())
         return self._wrappers[num_seqs]
