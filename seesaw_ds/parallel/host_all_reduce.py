@@ -19,6 +19,8 @@ MAX_CHUNK_BYTES = 16 << 10
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _READ_BYTES = 8 << 20  # what a rank may read from the others in one call; NCCL's pipeline takes over beyond
 _MAX_WARPS = 16
+_WAVE_BYTES = 64 << 10  # what writers that begin together write; half and twice that are as good
+_LEAST_BYTES_IN_WAVES = 256 << 10  # below, a wave waits longer for the one before than it gains
 _FLAG_STRIDE = 8  # int64 from one flag to the next: each has a cache line of its own
 
 
@@ -34,6 +36,11 @@ def chunk_bytes_for(num_bytes: int, num_writers: int) -> int:
     """
     share = -(-num_bytes // num_writers)
     return min(max(1 << (share - 1).bit_length(), MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
+
+
+def wave_size(num_bytes: int, chunk_bytes: int) -> int:
+    """How many writers begin together; 0: all."""
+    return _WAVE_BYTES // chunk_bytes if num_bytes >= _LEAST_BYTES_IN_WAVES else 0
 
 
 def _flags_per_rank(num_ranks: int) -> int:
@@ -76,6 +83,7 @@ class HostStagedAllReduce:
         flags_shape = (self._num_ranks, self._num_flags, _FLAG_STRIDE)
         self._flags = mapping.tensor(slots_bytes, flags_shape, torch.int64)
         self._calls = torch.zeros(2 * num_writers, dtype=torch.int64, device=device)
+        self._num_begun = torch.zeros(1, dtype=torch.int64, device=device)
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         num_bytes = tensor.numel() * tensor.element_size()
@@ -99,6 +107,7 @@ class HostStagedAllReduce:
             self._slots[tensor.dtype],
             self._flags,
             self._calls,
+            self._num_begun,
             num_bytes // VECTOR_BYTES,
             RANK=self._rank,
             NUM_RANKS=self._num_ranks,
@@ -107,6 +116,7 @@ class HostStagedAllReduce:
             FLAG_STRIDE=_FLAG_STRIDE,
             CHUNK_VECTORS=chunk_bytes // VECTOR_BYTES,
             VECTOR=VECTOR_BYTES // tensor.element_size(),
+            WAVE=wave_size(num_bytes, chunk_bytes),
             num_warps=min(_MAX_WARPS, chunk_bytes // (32 * VECTOR_BYTES)),
             num_stages=1,  # loads must stay behind the flags they wait for
         )

@@ -15,8 +15,17 @@ n + 1 or more. A peer raises that flag in its own call n + 1, which starts when 
 One half would not do: a flag at n says that the peer has written in call n, not that it has read. A flag may be at
 n + 1 when a reader waits for n; the data of call n is then still there, in the other half, hence the >=.
 
-Writers wait for nobody, so flags rise whenever a rank runs, however late, and readers of every rank come to an end.
-Writers have the lower block numbers and are given their multiprocessors first.
+Writers wait for no other rank, so flags rise whenever a rank runs, however late, and readers of every rank come to an
+end. Writers have the lower block numbers and are given their multiprocessors first.
+
+A flag may rise when its block's stores have arrived. The link takes all blocks' stores in the order in which they are
+made; if all begin at once, all arrive at the end, and reading begins when writing is over. So writers begin in waves: a
+block waits until those of the waves before it, on its own device, have made their stores::
+
+    link out   wave 0 | wave 1 | wave 2 | wave 3
+    link in             wave 0 | wave 1 | wave 2 | wave 3
+
+On two H200 with P2P off (34 GB/s each way) 576 KiB take 30 us instead of 34. Only when writers begin hangs on this.
 """
 
 from __future__ import annotations
@@ -33,6 +42,7 @@ def reduce_through_host(
     slots,
     flags,
     calls,
+    num_begun,
     num_vectors,
     RANK: tl.constexpr,
     NUM_RANKS: tl.constexpr,
@@ -41,6 +51,7 @@ def reduce_through_host(
     FLAG_STRIDE: tl.constexpr,
     CHUNK_VECTORS: tl.constexpr,
     VECTOR: tl.constexpr,
+    WAVE: tl.constexpr,
 ):
     """Every tensor is counted in vectors of VECTOR elements, 16 bytes.
 
@@ -48,6 +59,9 @@ def reduce_through_host(
     slots       host, (NUM_RANKS, 2 halves, SLOT_VECTORS), of x's type
     flags       host, int64 (NUM_RANKS, NUM_FLAGS, FLAG_STRIDE), the first of each FLAG_STRIDE is used
     calls       device, int64, one for each block of the grid, which is even and the same in every call
+    num_begun   device, int64: how many writers have made their first stores, over all calls
+
+    WAVE        writers in a wave; 0 has all begin at once
     """
     block = tl.program_id(0)
     num_writers = tl.num_programs(0) // 2
@@ -57,15 +71,23 @@ def reduce_through_host(
     half = call % 2
     if block < num_writers:
         slot = slots + (RANK * 2 + half) * (SLOT_VECTORS * VECTOR)
+        if WAVE > 0:
+            if block >= WAVE:
+                _wait_until(num_begun, (call - 1) * num_writers + block // WAVE * WAVE)
+            tl.debug_barrier()
         for chunk in range(block, num_chunks, num_writers):
             offsets, is_inside = _elements(chunk, num_vectors, CHUNK_VECTORS, VECTOR)
             tl.store(slot + offsets, tl.load(x + offsets, mask=is_inside), mask=is_inside)
+            if chunk < num_writers:
+                _count(num_begun)
             _raise_flag(flags + (RANK * NUM_FLAGS + chunk) * FLAG_STRIDE, call)
+        if block >= num_chunks:
+            _count(num_begun)
     else:
         for chunk in range(block - num_writers, num_chunks, num_writers):
             for peer in tl.static_range(NUM_RANKS):
                 if peer != RANK:
-                    _wait_for_flag(flags + (peer * NUM_FLAGS + chunk) * FLAG_STRIDE, call)
+                    _wait_until(flags + (peer * NUM_FLAGS + chunk) * FLAG_STRIDE, call)
             tl.debug_barrier()  # what the waiting thread acquired is now visible to all
             offsets, is_inside = _elements(chunk, num_vectors, CHUNK_VECTORS, VECTOR)
             total = _share(x, slots, 0, half, offsets, is_inside, RANK, SLOT_VECTORS * VECTOR)
@@ -116,8 +138,15 @@ def _raise_flag(flag, call):
 
 
 @triton.jit
-def _wait_for_flag(flag, call):
-    """Hold the first thread until the flag has reached `call`; a barrier must follow."""
+def _count(counter):
+    """Add one for this block, whose stores have been made."""
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="relaxed", scope="gpu")
+
+
+@triton.jit
+def _wait_until(counter, least):
+    """Hold the first thread until the counter has reached `least`; a barrier must follow."""
     tl.inline_asm_elementwise(
         """
         {
@@ -136,7 +165,7 @@ def _wait_for_flag(flag, call):
         }
         """,
         "=r,l,l",
-        [flag.to(tl.int64), call],
+        [counter.to(tl.int64), least],
         dtype=tl.int32,
         is_pure=False,
         pack=1,

@@ -10,6 +10,7 @@ from seesaw_ds.parallel.host_all_reduce import (
     chunk_bytes_for,
     max_tensor_bytes,
     required_bytes,
+    wave_size,
 )
 
 
@@ -47,3 +48,10 @@ def test_every_rank_reads_8_mib_at_most_and_the_mapping_holds_two_halves_and_a_f
     assert (8 << 20) - largest * (num_ranks - 1) in range(MIN_CHUNK_BYTES * (num_ranks - 1))
     flags_bytes = largest // MIN_CHUNK_BYTES * 64
     assert required_bytes(num_ranks) == num_ranks * (2 * largest + flags_bytes)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "expected"), [(16, 0), ((256 << 10) - 16, 0), (256 << 10, 8), (512 << 10, 4), (8 << 20, 4)]
+)
+def test_writers_of_large_tensors_begin_in_waves_of_64_kib(num_bytes, expected):
+    assert wave_size(num_bytes, chunk_bytes_for(num_bytes, 32)) == expected
