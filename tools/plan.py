@@ -27,6 +27,7 @@ from seesaw_ds.plan.planner import make_plan
 from seesaw_ds.plan.report import plan_json, plan_table
 from seesaw_ds.plan.sensitivity import Curves, bandwidth_curves, output_ratio_curves
 from seesaw_ds.plan.static_engine import HostWork
+from seesaw_ds.plan.static_search import StaticEngineKind
 from seesaw_ds.plan.workloads import RequestLength, workload_lengths
 from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
 
@@ -56,6 +57,12 @@ def parse_arguments() -> argparse.Namespace:
         "--static-step-ms", type=float, help="host time of the static engine's steps instead of the machine's"
     )
     parser.add_argument("--static-row-us", type=float, default=0.0, help="and for each row, with --static-step-ms")
+    parser.add_argument(
+        "--static-virtual-engines",
+        action="store_true",
+        help="each pipeline group of the static engine has its own queue and its own share of the KV room, as in vLLM"
+        " before V1",
+    )
     parser.add_argument("--dtype", default="bfloat16", help="of weights, activations and KV")
     parser.add_argument("--json", action="store_true", help="JSON instead of the table")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw throughput against length and bandwidth")
@@ -130,7 +137,8 @@ def main() -> int:
     host = None
     if arguments.static_step_ms is not None:
         host = HostWork(arguments.static_step_ms / 1e3, arguments.static_row_us / 1e6)
-    plan = make_plan(run, shape, hardware, arguments.gpus, lengths, arguments.gpus_per_node, static_host=host)
+    static = StaticEngineKind(host, arguments.static_virtual_engines)
+    plan = make_plan(run, shape, hardware, arguments.gpus, lengths, arguments.gpus_per_node, static_kind=static)
     print(json.dumps(plan_json(plan), indent=2) if arguments.json else plan_table(plan))
     if arguments.plot:
         drawn = [plan.best.candidate.pair]

@@ -26,8 +26,7 @@ from seesaw_ds.plan.candidates import LEAST_GAIN, Candidate, Constraints, Reject
 from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.outcome import SimulatedRun, TookTooLong
 from seesaw_ds.plan.simulator import Simulator
-from seesaw_ds.plan.static_engine import HostWork
-from seesaw_ds.plan.static_search import StaticPlan, best_static_plan, static_layouts
+from seesaw_ds.plan.static_search import CURRENT_ENGINE, StaticEngineKind, StaticPlan, best_static_plan, static_layouts
 from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.shapes import ModelShape
 
@@ -134,12 +133,12 @@ def make_plan(
     devices_per_node: int = 8,
     with_static: bool = True,
     constraints: Constraints | None = None,
-    static_host: HostWork | None = None,
+    static_kind: StaticEngineKind = CURRENT_ENGINE,
 ) -> Plan:
     """Plan a run of `lengths` on `num_devices`; `run` gives everything but layouts and micro-batch tokens.
 
-    `with_static` also looks for the yardstick, with `static_host` as its host's work; `constraints` are those of a
-    machine at hand. Raises UserError, with what would be needed, when nothing fits.
+    `with_static` also looks for the yardstick, an engine of `static_kind`; `constraints` are those of a machine at
+    hand. Raises UserError, with what would be needed, when nothing fits.
     """
     if not lengths:
         raise UserError("the input has no requests: give at least one to plan for")
@@ -161,7 +160,7 @@ def make_plan(
     static = None
     if with_static:
         layouts = static_layouts(shape, num_devices, devices_per_node)
-        static = best_static_plan(run, shape, hardware, layouts, thinned(lengths, STATIC_TOKENS), static_host)
+        static = best_static_plan(run, shape, hardware, layouts, thinned(lengths, STATIC_TOKENS), static_kind)
     return Plan(best, static, ranking, pruned, rejected)
 
 

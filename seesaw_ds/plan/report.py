@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import asdict
 from typing import Any
 
 from seesaw_ds.plan.candidates import Candidate
@@ -61,6 +62,8 @@ def _static_json(static: StaticPlan) -> dict[str, Any]:
         "max_num_batched_tokens": static.max_num_batched_tokens,
         "mean_decode_batch": static.simulated.mean_decode_batch,
         "preemptions": static.simulated.num_evictions,
+        "virtual_engines": static.kind.has_virtual_engines,
+        "host": None if static.kind.host is None else asdict(static.kind.host),
     }
 
 
@@ -148,7 +151,8 @@ def _static_line(plan: Plan) -> str:
     static = plan.best_static
     if static is None:
         return "no single layout fits an engine without a host pool"
+    engine = "static engine with virtual engines" if static.kind.has_virtual_engines else "static engine"
     return (
-        f"best static engine: {static.layout}, {static.policy.value}, {static.max_num_batched_tokens} tokens a step, "
+        f"best {engine}: {static.layout}, {static.policy.value}, {static.max_num_batched_tokens} tokens a step, "
         f"{static.simulated.requests_per_second:.3f} requests/s; speed-up over it {plan.speedup:.2f}"
     )

@@ -1,9 +1,11 @@
 """A simulated engine in the manner of vLLM: one layout for both phases, no host pool, its own batching policy.
 
 It is what a phase-separated run is compared with. Each replica has as many groups as pipeline stages; a group has its
-own running sequences and at most one step in flight, and all groups of a replica share its KV room. A sequence that
-finds no room as it grows gives way to older ones of its group and is computed again (preemption by recomputing, newest
-first); a group's last sequence stays, so that each group makes progress.
+own running sequences and at most one step in flight. The groups of a replica share one queue and all KV room, as in
+vLLM since its V1 engine, or each has a queue and an equal share of the room to itself (vLLM's "virtual engines" before
+V1: RFC vllm-project/vllm#4461, issue #7039). A sequence that finds no room as it grows gives way to older ones of its
+group and is computed again (preemption by recomputing, newest first); a group's last sequence stays, so that each group
+makes progress.
 
 The host's work of a step, which no other step of the group hides, is the machine's `step_seconds`. `HostWork` is that
 of an engine whose host is slower.
@@ -14,7 +16,6 @@ from __future__ import annotations
 import enum
 import heapq
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ from seesaw_ds.layout import ParallelLayout
 from seesaw_ds.plan.cost import CostModel, StepWork, add_work, chunk_work
 from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.outcome import SimulatedRun, TookTooLong
+from seesaw_ds.plan.static_queue import KvQueue, StaticRequest
 from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.shapes import ModelShape
 
@@ -52,41 +54,34 @@ class HostWork:
 
 @dataclass(frozen=True, slots=True)
 class StaticEngineLimits:
-    """Sizes of one replica: KV room in tokens, sequences decoding in one group, tokens in a step.
+    """Sizes: KV tokens that one queue has room for, sequences decoding in one group, tokens in a step.
 
-    Without chunks a prompt longer than `max_num_batched_tokens` is a step of its own.
+    A replica has `num_queues` queues, 1 or as many as pipeline stages. Without chunks a prompt longer than
+    `max_num_batched_tokens` is a step of its own.
     """
 
     num_kv_tokens: int
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int = 16
+    num_queues: int = 1
 
     def holds(self, lengths: Sequence[RequestLength]) -> bool:
-        """Whether each request alone finds room."""
+        """Whether each request alone finds room in a queue's."""
         longest = max(length.input_tokens + length.output_tokens for length in lengths)
         return longest + self.block_size <= self.num_kv_tokens
-
-
-@dataclass(slots=True)
-class _Request:
-    """A request's prompt to compute, tokens to come, and the decode step at which it joined."""
-
-    prompt: int
-    output: int
-    computed: int = 0
-    join_step: int = 0
 
 
 @dataclass(slots=True)
 class _Group:
     """The sequences of one pipeline group. `step` counts its decode steps; `ends` holds (last step, join number)."""
 
+    queue: KvQueue
     step: int = 0
     context: int = 0
-    running: dict[int, _Request] = field(default_factory=dict)
+    running: dict[int, StaticRequest] = field(default_factory=dict)
     ends: list[tuple[int, int]] = field(default_factory=list)
-    partial: _Request | None = None
+    partial: StaticRequest | None = None
     is_filling: bool = True
 
 
@@ -99,36 +94,35 @@ class _Replica:
         self.num_decode_rows = 0
         self.num_riding_rows = 0
         self.num_preemptions = 0
-        self.waiting: deque[_Request] = deque()
+        self.queues = [KvQueue(limits.num_kv_tokens, limits.block_size) for _ in range(limits.num_queues)]
         self._cost = cost
         self._policy = policy
         self._limits = limits
         self._host = host
         self._host_free = 0.0
-        self._num_used = 0  # KV tokens, with half a block for each sequence's last one
         self._num_joined = 0
-        self._groups = [_Group() for _ in range(cost.layout.pp)]
+        self._groups = [_Group(self.queues[index % limits.num_queues]) for index in range(cost.layout.pp)]
         self._stage_free = [0.0] * cost.layout.pp
 
     def run(self, stop_after: float) -> None:
         """Run all waiting requests to their ends. Raises TookTooLong when that takes `stop_after` seconds or more."""
         ready = [(0.0, index) for index in range(len(self._groups))]
-        idle: list[int] = []
         while ready:
             now, index = heapq.heappop(ready)
             if now >= stop_after:
                 raise TookTooLong
-            work, finish = self._next_step(self._groups[index])
+            group = self._groups[index]
+            work, finish = self._next_step(group)
             if work.num_tokens == 0:
-                idle.append(index)  # until another group gives room or requests back
+                group.queue.idle.append(index)  # until another group of the queue gives room or requests back
                 continue
             end = self._pass_through(work, now)
-            self._finish_step(self._groups[index], finish)
+            self._finish_step(group, finish)
             heapq.heappush(ready, (end, index))
-            for other in idle:
+            for other in group.queue.idle:
                 heapq.heappush(ready, (end, other))
-            idle.clear()
-        assert not self.waiting, "the simulated engine stalled"
+            group.queue.idle.clear()
+        assert not any(queue.waiting for queue in self.queues), "the simulated engine stalled"
 
     def _pass_through(self, work: StepWork, ready: float) -> float:
         after = self._cost.sample_seconds()
@@ -150,7 +144,7 @@ class _Replica:
 
     # Making a step
 
-    def _next_step(self, group: _Group) -> tuple[StepWork, list[_Request]]:
+    def _next_step(self, group: _Group) -> tuple[StepWork, list[StaticRequest]]:
         """The group's next step, and the requests whose prompt ends in it. Decode rows are counted here."""
         if self._policy is BatchPolicy.CHUNKED:
             decode = self._decode_rows(group)
@@ -169,7 +163,7 @@ class _Replica:
 
     def _decode_rows(self, group: _Group) -> StepWork:
         """One token for every running sequence, after as many have given way as room asks."""
-        while self._num_used + len(group.running) > self._limits.num_kv_tokens and len(group.running) > 1:
+        while len(group.running) > 1 and not group.queue.can_grow(len(group.running)):
             self._preempt(group)
         num_rows = len(group.running)
         if num_rows == 0:
@@ -178,48 +172,40 @@ class _Replica:
         self.num_decode_rows += num_rows
         group.step += 1
         group.context += num_rows
-        self._num_used += num_rows
+        group.queue.grow(num_rows)
         return StepWork(num_tokens=num_rows, decode_context=group.context, num_rows=num_rows)
 
     def _preempt(self, group: _Group) -> None:
         _, request = group.running.popitem()
         num_done = group.step - request.join_step
         group.context -= request.prompt + num_done
-        self._num_used -= self._room(request.prompt) + num_done
-        request.prompt, request.output, request.computed = request.prompt + num_done, request.output - num_done, 0
-        self.waiting.appendleft(request)
+        group.queue.preempt(request, num_done)
         self.num_preemptions += 1
 
-    def _room(self, num_tokens: int) -> int:
-        return num_tokens + self._limits.block_size // 2
+    def _may_start(self, group: _Group, num_starting: int) -> bool:
+        return len(group.running) + num_starting < self._limits.max_num_seqs and group.queue.can_start()
 
-    def _may_start(self, group: _Group, request: _Request, num_starting: int) -> bool:
-        has_room = self._num_used + self._room(request.prompt) <= self._limits.num_kv_tokens
-        return has_room and len(group.running) + num_starting < self._limits.max_num_seqs
-
-    def _whole_prompts(self, group: _Group) -> tuple[StepWork, list[_Request]]:
+    def _whole_prompts(self, group: _Group) -> tuple[StepWork, list[StaticRequest]]:
         parts: list[StepWork] = []
-        finish: list[_Request] = []
+        finish: list[StaticRequest] = []
         num_tokens = 0
-        while self.waiting and self._may_start(group, self.waiting[0], len(finish)):
-            prompt = self.waiting[0].prompt
+        while self._may_start(group, len(finish)):
+            prompt = group.queue.waiting[0].prompt
             if finish and num_tokens + prompt > self._limits.max_num_batched_tokens:
                 break
             num_tokens += prompt
-            self._num_used += self._room(prompt)
             parts.append(chunk_work(0, prompt, True))
-            finish.append(self.waiting.popleft())
+            finish.append(group.queue.start())
         return add_work(*parts), finish
 
-    def _chunks(self, group: _Group, num_left: int) -> tuple[StepWork, list[_Request]]:
+    def _chunks(self, group: _Group, num_left: int) -> tuple[StepWork, list[StaticRequest]]:
         parts: list[StepWork] = []
-        finish: list[_Request] = []
+        finish: list[StaticRequest] = []
         while num_left > 0:
             if group.partial is None:
-                if not self.waiting or not self._may_start(group, self.waiting[0], len(finish)):
+                if not self._may_start(group, len(finish)):
                     break
-                group.partial = self.waiting.popleft()
-                self._num_used += self._room(group.partial.prompt)
+                group.partial = group.queue.start()
             request = group.partial
             num_tokens = min(num_left, request.prompt - request.computed)
             is_last = request.computed + num_tokens == request.prompt
@@ -233,17 +219,17 @@ class _Replica:
 
     # After a step
 
-    def _finish_step(self, group: _Group, finish: list[_Request]) -> None:
+    def _finish_step(self, group: _Group, finish: list[StaticRequest]) -> None:
         while group.ends and group.ends[0][0] <= group.step:
             _, number = heapq.heappop(group.ends)
             request = group.running.get(number)
             if request is not None:
                 del group.running[number]
                 group.context -= request.prompt + request.output - 1
-                self._num_used -= self._room(request.prompt) + request.output - 1
+                group.queue.release(request, request.output - 1)
         for request in finish:
             if request.output == 1:
-                self._num_used -= self._room(request.prompt)
+                group.queue.release(request, 0)
                 continue
             self._num_joined += 1
             request.join_step = group.step
@@ -263,11 +249,12 @@ def run_static_engine(
     host: HostWork | None = None,
     stop_after: float = math.inf,
 ) -> SimulatedRun:
-    """Simulate the whole input; request i goes to replica i modulo their number.
+    """Simulate the whole input; requests go to the replicas in turn, and there to its queues in turn.
 
-    Raises ValueError when a request cannot fit the KV room, TookTooLong when the run takes `stop_after` simulated
-    seconds or more.
+    Raises ValueError when a request cannot fit the KV room of a queue, TookTooLong when the run takes `stop_after`
+    simulated seconds or more.
     """
+    assert limits.num_queues in (1, layout.pp), f"num_queues={limits.num_queues}: 1, or one a pipeline stage"
     if not limits.holds(lengths):
         longest = max(sum(length) for length in lengths)
         raise ValueError(
@@ -277,7 +264,9 @@ def run_static_engine(
     cost = CostModel(shape, hardware, layout, dtype)
     replicas = [_Replica(cost, policy, limits, host) for _ in range(layout.dp)]
     for index, length in enumerate(lengths):
-        replicas[index % layout.dp].waiting.append(_Request(length.input_tokens, length.output_tokens))
+        turn, replica_index = divmod(index, layout.dp)
+        queue = replicas[replica_index].queues[turn % limits.num_queues]
+        queue.waiting.append(StaticRequest(length.input_tokens, length.output_tokens))
     for replica in replicas:
         replica.run(stop_after)
     last = max(replicas, key=lambda replica: replica.end)

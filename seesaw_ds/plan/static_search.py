@@ -26,9 +26,24 @@ _NUM_FINALISTS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class StaticPlan:
-    """A static layout with its policy, and the simulated run."""
+class StaticEngineKind:
+    """Which engine is simulated: with the host's work of `host` in place of the machine's `step_seconds`, if given.
 
+    With virtual engines each pipeline group has its own queue and its own share of the KV room.
+    """
+
+    host: HostWork | None = None
+    has_virtual_engines: bool = False
+
+
+CURRENT_ENGINE = StaticEngineKind()
+
+
+@dataclass(frozen=True, slots=True)
+class StaticPlan:
+    """A static layout of an engine with its policy, and the simulated run."""
+
+    kind: StaticEngineKind
     layout: ParallelLayout
     policy: BatchPolicy
     max_num_batched_tokens: int
@@ -63,7 +78,7 @@ def best_static_plan(
     hardware: HardwareProfile,
     layouts: Sequence[ParallelLayout],
     lengths: Sequence[RequestLength],
-    host: HostWork | None = None,
+    kind: StaticEngineKind = CURRENT_ENGINE,
 ) -> StaticPlan | None:
     """The fastest of `layouts` with any policy and step size; None when none fits.
 
@@ -72,7 +87,7 @@ def best_static_plan(
 
     def simulate(layout: ParallelLayout, policy: BatchPolicy, step_tokens: int, stop_after: float) -> StaticPlan | None:
         try:
-            return _simulate(run, shape, hardware, layout, policy, step_tokens, lengths, host, stop_after)
+            return _simulate(run, shape, hardware, layout, policy, step_tokens, lengths, kind, stop_after)
         except TookTooLong:
             return None
 
@@ -101,14 +116,15 @@ def _simulate(
     policy: BatchPolicy,
     step_tokens: int,
     lengths: Sequence[RequestLength],
-    host: HostWork | None,
+    kind: StaticEngineKind,
     stop_after: float,
 ) -> StaticPlan | None:
     """One simulation; None when the longest request does not fit beside the weights."""
-    num_kv_tokens = static_kv_tokens(run, shape, hardware, layout, step_tokens)
-    limits = StaticEngineLimits(num_kv_tokens, run.max_num_seqs, step_tokens, run.kv_block_size)
+    num_queues = layout.pp if kind.has_virtual_engines else 1
+    num_kv_tokens = static_kv_tokens(run, shape, hardware, layout, step_tokens) // num_queues
+    limits = StaticEngineLimits(num_kv_tokens, run.max_num_seqs, step_tokens, run.kv_block_size, num_queues)
     if not limits.holds(lengths):
         return None
     dtype = dtype_name(run, shape)
-    simulated = run_static_engine(shape, hardware, layout, limits, policy, lengths, dtype, host, stop_after)
-    return StaticPlan(layout, policy, step_tokens, simulated)
+    simulated = run_static_engine(shape, hardware, layout, limits, policy, lengths, dtype, kind.host, stop_after)
+    return StaticPlan(kind, layout, policy, step_tokens, simulated)

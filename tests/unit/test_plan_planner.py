@@ -17,6 +17,8 @@ from seesaw_ds.plan.candidates import Constraints, broken_rule, find_candidates,
 from seesaw_ds.plan.planner import RANKING, make_plan, simulate, thinned
 from seesaw_ds.plan.report import plan_json, plan_table
 from seesaw_ds.plan.sensitivity import bandwidth_curves, output_ratio_curves
+from seesaw_ds.plan.static_engine import HostWork
+from seesaw_ds.plan.static_search import StaticEngineKind
 from seesaw_ds.plan.workloads import RequestLength, workload_lengths
 
 MODEL = shape("llama2-70b")
@@ -117,7 +119,7 @@ def test_a_million_requests_are_thinned():
 @pytest.mark.parametrize(
     ("num_devices", "host_gib", "message"),
     [
-        (4, 640.0, r"no layout of 4 x a10 fits: the weights take 128\.\d GiB.*at least 6 devices"),
+        (4, 640.0, r"no layout of 4 x a10 fits: the weights take 128\.\d GiB.*at least 7 devices"),
         (8, 1.0, r"kv_offloading_size=1: one request of max_model_len=\d+ needs 1\.\d+ GiB"),
     ],
 )
@@ -185,6 +187,17 @@ def test_json_and_table_tell_the_plan(plan_70b_a10):
     assert "speed-up over it" in table
 
 
+def test_json_and_table_name_the_static_engine(plan_70b_a10):
+    static = plan_json(plan_70b_a10)["best_static"]
+    assert (static["virtual_engines"], static["host"]) == (False, None)
+    assert "virtual engines" not in plan_table(plan_70b_a10)
+    kind = StaticEngineKind(HostWork(0.0073, 0.0), has_virtual_engines=True)
+    plan = replace(plan_70b_a10, best_static=replace(plan_70b_a10.best_static, kind=kind))
+    static = plan_json(plan)["best_static"]
+    assert (static["virtual_engines"], static["host"]) == (True, {"step_seconds": 0.0073, "row_seconds": 0.0})
+    assert "best static engine with virtual engines: " in plan_table(plan)
+
+
 def test_the_output_ratio_curve_puts_resharding_on_top_for_short_outputs(monkeypatch):
     monkeypatch.setattr("seesaw_ds.plan.sensitivity.OUTPUT_RATIOS", (0.0, 0.05, 0.1))
     pairs = [pair(text) for text in ("P8", "T4P2", "P8->T4P2")]
@@ -210,9 +223,11 @@ def test_the_bandwidth_curve_has_resharding_above_its_two_static_layouts():
 def test_the_command_line_prints_json_and_names_mistakes():
     command = [sys.executable, str(ROOT / "tools" / "plan.py"), "--model-shape", "llama2-70b", "--hardware", "a10"]
     command += ["--workload", "arxiv", "--requests", "50", "--kv-offloading-size", "640"]
-    done = subprocess.run([*command, "--gpus", "8", "--json"], capture_output=True, text=True, check=True, timeout=120)
+    wanted = [*command, "--gpus", "8", "--json", "--static-virtual-engines"]
+    done = subprocess.run(wanted, capture_output=True, text=True, check=True, timeout=120)
     values = json.loads(done.stdout)
     assert {"best", "best_static", "speedup"} <= set(values)
+    assert values["best_static"]["virtual_engines"]
     failed = subprocess.run([*command, "--gpus", "2"], capture_output=True, text=True, timeout=120)
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: no layout of 2 x a10 fits")
