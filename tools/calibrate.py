@@ -38,6 +38,7 @@ from seesaw_ds.layout import ParallelLayout
 from seesaw_ds.plan.cost import CostModel, StepWork
 from seesaw_ds.plan.hardware import HardwareProfile, parse_hardware
 from seesaw_ds.shapes import model_shape
+from seesaw_ds.worker.memory import runtime_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 Figures = dict[str, Any]
@@ -104,6 +105,8 @@ def measure_figures(sizes: Sizes, device: torch.device) -> Figures:
         **copy_rates(sizes, device),
     }
     figures |= layer_figures(sizes, make_profile({**figures, "layer_seconds": 1e-6, "step_seconds": 1e-6}), device)
+    if device.type == "cuda":
+        figures["runtime_bytes"] = runtime_bytes()
     return figures
 
 

@@ -177,7 +177,7 @@ def _sized(
 def make_candidate(run: RunConfig, shape: ModelShape, hardware: HardwareProfile, totals: InputTotals) -> Candidate:
     """The configuration of `run`. Raises UserError when it does not fit the memory."""
     pair, dtype = run.layout_pair, dtype_name(run, shape)
-    pools = size_pools(run, shape, hardware.memory_bytes)
+    pools = size_pools(run, shape, hardware.memory_bytes, hardware.runtime_bytes)
     limits = scheduler_limits(run, pools)
     bound = bound_seconds(shape, hardware, pair, limits, totals, dtype, run.weight_reshard)
     steps = typical_steps(pair, limits, totals)
@@ -239,7 +239,7 @@ def what_would_fit(
     """What an impossible demand lacks: devices for the weights, host memory, or what the layouts tried ask for."""
     itemsize = DTYPE_BYTES[dtype_name(run, shape)]
     weights = (shape.num_layers * shape.layer_parameters + 2 * shape.vocab_size * shape.hidden_size) * itemsize
-    budget = hardware.memory_bytes * run.gpu_memory_utilization
+    budget = hardware.memory_bytes * run.gpu_memory_utilization - hardware.runtime_bytes
     enough = _enough_devices(run, shape, hardware, num_devices, constraints)
     if weights >= budget * num_devices:
         needed = int(-(-weights // budget))
@@ -271,7 +271,7 @@ def _enough_devices(
                 continue
             settings = _settings(run, pair, min(constraints.micro_batch_tokens))
             try:
-                pools = size_pools(settings, shape, hardware.memory_bytes)
+                pools = size_pools(settings, shape, hardware.memory_bytes, hardware.runtime_bytes)
             except UserError:
                 continue
             if _lacks_host_memory(settings, shape, pools, constraints.host_bytes) is None:

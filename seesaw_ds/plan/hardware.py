@@ -55,6 +55,7 @@ class HardwareProfile:
     kv_bandwidth               bytes/s at which decode attention reads KV; else that of weights
     pads_decode                1 when decode attention reads every row as if it were as long as the step's longest
     element_bandwidth          bytes/s of norms, activations and residual additions; else that of weights
+    runtime_bytes              of a device's memory: what CUDA, NCCL and the engine's own buffers take; else nothing
     """
 
     name: str
@@ -78,6 +79,7 @@ class HardwareProfile:
     kv_bandwidth: float | None = None
     pads_decode: float | None = None
     element_bandwidth: float | None = None
+    runtime_bytes: int = 0
 
     def all_reduce_seconds(self, num_bytes: float, degree: int) -> float:
         """Seconds to sum `num_bytes` over `degree` devices: between the table's points, or along its last slope.
@@ -126,7 +128,9 @@ def parse_hardware(values: Mapping[str, Any]) -> HardwareProfile:
         if field.name not in values and field.default is dataclasses.MISSING:
             raise UserError(f"{field.name}: missing in the hardware profile; every figure is needed")
     checked = {name: _figure(name, value) for name, value in values.items()}
-    checked["memory_bytes"] = int(checked["memory_bytes"])
+    for name in ("memory_bytes", "runtime_bytes"):
+        if name in checked:
+            checked[name] = int(checked[name])
     for name in checked:
         if name not in ("name", "device", "sources") and name not in checked["sources"]:
             raise UserError(f"sources: {name} has none; say where the figure is from")

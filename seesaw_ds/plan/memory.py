@@ -44,8 +44,10 @@ def most_step_tokens(run: RunConfig) -> int:
     return max(run.max_num_batched_tokens, rows + run.max_num_batched_tokens // LEAST_PROMPT_SHARE)
 
 
-def size_pools(run: RunConfig, shape: ModelShape, device_bytes: int) -> PoolSizes:
+def size_pools(run: RunConfig, shape: ModelShape, device_bytes: int, runtime_bytes: int = 0) -> PoolSizes:
     """Size the pools of one replica for devices with `device_bytes` of usable memory each.
+
+    `runtime_bytes` of what `gpu_memory_utilization` leaves go to CUDA, NCCL and the engine's own buffers.
 
     Raises UserError when the weights do not fit, or when a pool cannot hold one request of `max_model_len`.
     """
@@ -55,7 +57,7 @@ def size_pools(run: RunConfig, shape: ModelShape, device_bytes: int) -> PoolSize
     longest = blocks_for(max_model_len(run, shape), run.kv_block_size)
 
     activations = _activation_bytes(run, shape, itemsize)
-    budget = int(device_bytes * run.gpu_memory_utilization)
+    budget = int(device_bytes * run.gpu_memory_utilization) - runtime_bytes
 
     def blocks_on(rank: int) -> int:
         spent = _layer_bytes(run, shape, itemsize, rank) + _embedding_bytes(run, shape, itemsize, rank) + activations

@@ -70,7 +70,7 @@ def refill(live: LiveBatch, mean_tokens: float, room: Room) -> Refill:
 
     For each of them a sequence must have been decoded from its first token to its last. Those on the host have come
     there from prefill, so they show what prompts and outputs are like. But they may be short ones, and those on the GPU
-    long: it is at least what is decoded until the host is empty, or a part of that.
+    long: it is at least what is decoded until the host is empty, or a part of that, and until as many have ended there.
     """
     samples = live.on_host or live.on_gpu
     togo = tokens_to_go(samples, mean_tokens)
@@ -79,7 +79,8 @@ def refill(live: LiveBatch, mean_tokens: float, room: Room) -> Refill:
     spans = run_down(live, mean_tokens, room, is_host_enough=True)
     num_emptying = sum(span.num_steps * span.num_rows for span in spans) * num_prompts / max(1, len(live.on_host))
     num_tokens = max(num_prompts * sum(togo) / len(togo), num_emptying)
-    num_steps = max(1, round(num_tokens / num_rows))
+    ends = sorted(tokens_to_go(live.on_gpu, mean_tokens)) or [1]
+    num_steps = max(1, round(num_tokens / num_rows), ends[min(num_prompts, len(ends)) - 1])
     contexts = [seq.num_stored_tokens for seq in live.on_gpu or samples]
     span = Span(num_steps, num_rows, sum(contexts) / num_rows, max(contexts), live.num_sequences, sum(contexts))
     return Refill(span, num_prompts, sum(seq.num_stored_tokens for seq in samples) // len(samples))

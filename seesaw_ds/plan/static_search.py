@@ -61,7 +61,8 @@ def static_kv_tokens(
     weights = num_layers * shape.layer_parameters * itemsize / layout.tp + table * (2 if layout.pp == 1 else 1)
     width = 6 * shape.hidden_size + 3 * (shape.intermediate_size + shape.num_heads * shape.head_dim) / layout.tp
     activations = step_tokens * width * itemsize + 3 * run.max_num_seqs * shape.vocab_size * 4
-    room = hardware.memory_bytes * run.gpu_memory_utilization - weights - activations
+    budget = hardware.memory_bytes * run.gpu_memory_utilization - hardware.runtime_bytes
+    room = budget - weights - activations
     token_bytes = shape.kv_block_bytes(num_layers, shape.num_kv_heads, 1, dtype) / layout.tp
     return max(0, int(room / token_bytes))
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from seesaw_ds.config import RunConfig
 from seesaw_ds.errors import UserError
+from seesaw_ds.kv.exchange import KV_SCRATCH_BYTES
 from seesaw_ds.kv.transfer import STAGING_BYTES
 from seesaw_ds.model.sampler import sampling_bytes
 from seesaw_ds.plan.memory import GIB
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 # A captured graph of a step of 80 layers.
 _GRAPH_BYTES = 8 << 20
+_USUAL_GRAPHS = 32
 # What the allocator loses between tensors that come and go.
 _FRAGMENT_BYTES = 128 << 20
 
@@ -71,6 +73,13 @@ def measure_kv_blocks(
         text = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
         logger.info("device memory, GiB of %.2f: %s", total / GIB, text)
     return num_blocks
+
+
+def runtime_bytes() -> int:
+    """What a run takes of a device beside weights, activations and KV, by what CUDA and NCCL take of this one now."""
+    free, total = torch.cuda.mem_get_info()
+    buffers = KV_SCRATCH_BYTES + 2 * STAGING_BYTES + _FRAGMENT_BYTES + _USUAL_GRAPHS * _GRAPH_BYTES
+    return total - free - torch.cuda.memory_reserved() + buffers
 
 
 def check_kv_blocks(run: RunConfig, longest: int, num_blocks: int) -> None:

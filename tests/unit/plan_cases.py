@@ -45,7 +45,7 @@ def run_config(layouts: str, lengths: list[RequestLength], host_gib: float, **ch
 
 
 def limits_of(run: RunConfig, model: ModelShape, machine: HardwareProfile) -> SchedulerLimits:
-    return scheduler_limits(run, size_pools(run, model, machine.memory_bytes))
+    return scheduler_limits(run, size_pools(run, model, machine.memory_bytes, machine.runtime_bytes))
 
 
 def pair(text: str) -> LayoutPair:

@@ -132,7 +132,7 @@ def test_impossible_demands_say_what_is_needed(num_devices, host_gib, message):
 def test_heads_that_no_tensor_parallel_size_divides_name_a_number_of_devices_that_would_do():
     model = replace(shape("llama3-8b"), num_heads=10, num_kv_heads=5, intermediate_size=14335, num_layers=2)
     lengths = [RequestLength(500, 100)] * 20
-    machine = replace(hardware("l4"), memory_bytes=3 << 30)
+    machine = replace(hardware("l4"), memory_bytes=7 << 28)
     run = run_config("auto", lengths, 10.0)
     with pytest.raises(UserError) as caught:
         make_plan(run, model, machine, 3, lengths, devices_per_node=3)
