@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 Figures = dict[str, Any]
 
 _QUIET_LOAD = 0.5
-# The small run: all sequences are in every decode step, so its steps are alike.
+# The small run: about all sequences are in every decode step, so its steps are alike.
 _NUM_REQUESTS = 16
 _PROMPT_TOKENS = 16
 _OUTPUT_TOKENS = 129
@@ -163,12 +163,14 @@ def engine_step_seconds(figures: Figures, num_ranks: int, folder: Path) -> float
     dtype = "bfloat16" if is_cuda() else "float32"
     settings: Figures = {"model": str(model), "load_format": "dummy", "dtype": dtype, "layouts": str(layout)}
     settings |= {"max_num_seqs": _NUM_REQUESTS, "kv_offloading_size": 0.25, "input": str(batch), "output": str(output)}
+    settings["mixed_steps"] = False  # decode by itself, and its seconds apart
     config.write_text(yaml.safe_dump(settings))
     summary = _run_engine(config, num_ranks, output.with_name("summary.json"))
     cost = CostModel(model_shape(json.loads((model / "config.json").read_text())), make_profile(figures), layout, dtype)
     # Each replica on its own: what the links take is measured apart.
-    context = _NUM_REQUESTS * (_PROMPT_TOKENS + _OUTPUT_TOKENS // 2)
-    layers = sum(cost.stage_seconds(StepWork(_NUM_REQUESTS, decode_context=context, num_rows=_NUM_REQUESTS)))
+    num_rows = round(summary["decode_rows"] / summary["decode_steps"])
+    context = num_rows * (_PROMPT_TOKENS + _OUTPUT_TOKENS // 2)
+    layers = sum(cost.stage_seconds(StepWork(num_rows, decode_context=context, num_rows=num_rows)))
     num_steps = summary["decode_steps"] / num_ranks
     return float(max(1e-6, summary["phase_seconds"]["decode"] / num_steps - layers))
 

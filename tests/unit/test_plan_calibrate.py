@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
-from calibrate import profile_values, write_profile
+import calibrate
+from calibrate import Figures, profile_values, write_profile
 from seesaw_ds.engine.hardware import device_name
 from seesaw_ds.plan.hardware import load_hardware, parse_hardware
 
@@ -43,3 +45,25 @@ def test_one_rank_alone_has_a_profile_too() -> None:
     assert profile.pads_decode is None
     assert profile.send_bandwidth == profile.memory_bandwidth
     assert "pads_decode" not in profile.sources
+
+
+def test_the_hosts_work_is_what_a_decode_step_of_the_engine_takes_beyond_its_layers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """256 steps of each of two replicas, 8 rows in a step; phases apart, or decode would count as prefill."""
+    phases = {"prefill": 1.0}
+
+    def run_engine(config: Path, num_ranks: int, summary: Path) -> Figures:
+        settings = yaml.safe_load(config.read_text())
+        assert (settings["layouts"], settings["mixed_steps"]) == ("D2", False)
+        return {"decode_steps": 512, "decode_rows": 4096, "phase_seconds": phases}
+
+    monkeypatch.setattr(calibrate, "_run_engine", run_engine)
+    figures = FIGURES | LINKS | {"attention_efficiency": 0.5}
+    found = []
+    for number, seconds in enumerate((1.0, 2.0, 0.0)):
+        phases["decode"] = seconds
+        found.append(calibrate.engine_step_seconds(figures, 2, tmp_path / str(number)))
+    assert found[1] - found[0] == pytest.approx(1 / 256)
+    assert 0 < found[0] < 1 / 256
+    assert found[2] == 1e-6
