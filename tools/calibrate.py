@@ -3,8 +3,8 @@
     python tools/calibrate.py                                          all GPUs, or two ranks on a CPU machine
     NCCL_P2P_DISABLE=1 python tools/calibrate.py                       the same machine as if joined by PCIe alone
 
-It starts one process a device, which measure at the same time, then a small run of the engine. Leave the machine alone
-meanwhile: whatever else runs is measured too. ``layouts: auto`` then finds the profile by itself.
+It starts one process a device, which measure at the same time, then the engine twice for a moment. Leave the machine
+alone meanwhile: whatever else runs is measured too. ``layouts: auto`` then finds the profile by itself.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ ROOT = Path(__file__).resolve().parent.parent
 Figures = dict[str, Any]
 
 _QUIET_LOAD = 0.5
-# The small run: about all sequences are in every decode step, so its steps are alike.
-_NUM_REQUESTS = 16
+# The small runs: about all sequences are in every decode step, so its steps are alike.
+_NUM_REQUESTS = (4, 24)
 _PROMPT_TOKENS = 16
 _OUTPUT_TOKENS = 129
 _TINY_MODEL: dict[str, Any] = {
@@ -148,31 +148,40 @@ def _rounded(value: Any) -> Any:
     return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
-def engine_step_seconds(figures: Figures, num_ranks: int, folder: Path) -> float:
-    """Seconds of a decode step of a tiny model, beyond those of its layers: what the engine around them takes."""
+def host_seconds(figures: Figures, num_ranks: int, folder: Path) -> Figures:
+    """What the engine takes beyond the layers of a tiny model: per decode step, and per row of one."""
+    few, many = (_host_seconds_of_a_step(figures, num_ranks, n, folder / str(n)) for n in _NUM_REQUESTS)
+    row_seconds = max(0.0, (many[1] - few[1]) / (many[0] - few[0]))
+    found = {"step_seconds": max(1e-6, few[1] - row_seconds * few[0])}
+    return found | ({"row_seconds": row_seconds} if row_seconds else {})
+
+
+def _host_seconds_of_a_step(figures: Figures, num_ranks: int, num_requests: int, folder: Path) -> tuple[float, float]:
+    """Rows of a decode step in a run of `num_requests` a rank, and its seconds beyond those of its layers."""
+    folder.mkdir()
     batch, config, output = folder / "input.jsonl", folder / "config.yaml", folder / "out" / "results.jsonl"
     layout = ParallelLayout(dp=num_ranks)
     model = _write_tiny_model(folder / "model")
     rng = random.Random(0)
     with batch.open("w") as file:
-        for number in range(num_ranks * _NUM_REQUESTS):
+        for number in range(num_ranks * num_requests):
             prompt = [rng.randrange(3, _TINY_MODEL["vocab_size"]) for _ in range(_PROMPT_TOKENS)]
             body = {"prompt": prompt, "max_tokens": _OUTPUT_TOKENS, "ignore_eos": True, "temperature": 0}
             line = {"custom_id": f"r{number}", "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(line) + "\n")
     dtype = "bfloat16" if is_cuda() else "float32"
     settings: Figures = {"model": str(model), "load_format": "dummy", "dtype": dtype, "layouts": str(layout)}
-    settings |= {"max_num_seqs": _NUM_REQUESTS, "kv_offloading_size": 0.25, "input": str(batch), "output": str(output)}
+    settings |= {"max_num_seqs": num_requests, "kv_offloading_size": 0.25, "input": str(batch), "output": str(output)}
     settings["mixed_steps"] = False  # decode by itself, and its seconds apart
     config.write_text(yaml.safe_dump(settings))
     summary = _run_engine(config, num_ranks, output.with_name("summary.json"))
     cost = CostModel(model_shape(json.loads((model / "config.json").read_text())), make_profile(figures), layout, dtype)
     # Each replica on its own: what the links take is measured apart.
-    num_rows = round(summary["decode_rows"] / summary["decode_steps"])
-    context = num_rows * (_PROMPT_TOKENS + _OUTPUT_TOKENS // 2)
-    layers = sum(cost.stage_seconds(StepWork(num_rows, decode_context=context, num_rows=num_rows)))
-    num_steps = summary["decode_steps"] / num_ranks
-    return float(max(1e-6, summary["phase_seconds"]["decode"] / num_steps - layers))
+    num_rows = summary["decode_rows"] / summary["decode_steps"]
+    context = round(num_rows * (_PROMPT_TOKENS + _OUTPUT_TOKENS // 2))
+    work = StepWork(round(num_rows), decode_context=context, num_rows=round(num_rows))
+    seconds = summary["phase_seconds"]["decode"] * num_ranks / summary["decode_steps"]
+    return num_rows, seconds - sum(cost.stage_seconds(work))
 
 
 def _write_tiny_model(folder: Path) -> Path:
@@ -231,7 +240,7 @@ def main() -> int:
         figures = json.loads(result.read_text())
         figures["step_seconds"] = 1e-6
         print(f"  {time.monotonic() - start:.0f} s; now the engine with a tiny model", flush=True)
-        figures["step_seconds"] = engine_step_seconds(figures, num_ranks, folder)
+        figures |= host_seconds(figures, num_ranks, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     write_profile(path, figures, num_ranks, time.monotonic() - start)

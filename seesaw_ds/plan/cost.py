@@ -231,16 +231,16 @@ class CostModel:
         """Between the ends of two steps that are alike, of `num_groups` groups that step in turn."""
         stages = self.stage_seconds(work)
         sends = (len(stages) - 1) * self.send_seconds(work.num_tokens)
-        return max(max(stages), (sum(stages) + sends + self.sample_seconds()) / num_groups)
+        return max(max(stages), (sum(stages) + sends + self.sample_seconds(work.num_rows)) / num_groups)
 
     def send_seconds(self, num_tokens: int) -> float:
         """From one stage to the next: the activations of `num_tokens`; each of the TP ranks sends all of them."""
         num_bytes = num_tokens * self.shape.hidden_size * self.itemsize
         return self.hardware.send_seconds + num_bytes / self.hardware.send_bandwidth
 
-    def sample_seconds(self) -> float:
-        """From the last stage's end until the sampled tokens are known to the first stage and to the scheduler."""
-        return self.hardware.step_seconds + self.feedback_seconds()
+    def sample_seconds(self, num_rows: int = 0) -> float:
+        """From the last stage's end until the tokens of so many rows are known to the first stage and the scheduler."""
+        return self.hardware.step_seconds + num_rows * self.hardware.row_seconds + self.feedback_seconds()
 
     def feedback_seconds(self) -> float:
         """From the last stage to the first: the sampled tokens."""

@@ -55,6 +55,7 @@ class HardwareProfile:
     kv_bandwidth               bytes/s at which decode attention reads KV; else that of weights
     pads_decode                1 when decode attention reads every row as if it were as long as the step's longest
     element_bandwidth          bytes/s of norms, activations and residual additions; else that of weights
+    row_seconds                host work per sampled row, beside that per step; else nothing
     runtime_bytes              of a device's memory: what CUDA, NCCL and the engine's own buffers take; else nothing
     """
 
@@ -79,6 +80,7 @@ class HardwareProfile:
     kv_bandwidth: float | None = None
     pads_decode: float | None = None
     element_bandwidth: float | None = None
+    row_seconds: float = 0.0
     runtime_bytes: int = 0
 
     def all_reduce_seconds(self, num_bytes: float, degree: int) -> float:

@@ -157,11 +157,11 @@ class _Replica:
         if batch.rows:
             now = max(now, self._group_ready[batch.group])
             if rounds > 1:  # the rows of a round follow on its tokens, after one micro-batch of each other group
-                period = _round_trip(cost, seconds, send) / len(seconds)
+                period = _round_trip(cost, seconds, send, work.num_rows) / len(seconds)
                 seconds = [max(once, period) for once in seconds]
         ends = self._run_stages(now, seconds, send, rounds)
         self._count_seconds(Phase.PREFILL, ends[-1])
-        done = ends[-1] + cost.sample_seconds()
+        done = ends[-1] + cost.sample_seconds(work.num_rows)
         if batch.rows:
             self._group_ready[batch.group] = done
             self.num_riding_rows += len(batch.rows)
@@ -181,7 +181,7 @@ class _Replica:
         ready = max(now, self._group_ready[batch.group])
         ends = self._run_stages(ready, seconds, unit * self._send_seconds(cost, work))
         self._count_seconds(Phase.DECODE, ends[-1])
-        done = ends[-1] + unit * cost.sample_seconds()
+        done = ends[-1] + unit * cost.sample_seconds(work.num_rows)
         self._group_ready[batch.group] = done
         self._answer(done, DecodeDone(batch.step_id, tuple([(row.seq_id, 0) for row in batch.rows])))
 
@@ -209,9 +209,9 @@ class _Replica:
         self._answer(end, PhaseSwitched(action.to))
 
 
-def _round_trip(cost: CostModel, seconds: list[float], send: float) -> float:
+def _round_trip(cost: CostModel, seconds: list[float], send: float, num_rows: int) -> float:
     """From the start of a micro-batch until its tokens are known to the first stage."""
-    return sum(seconds) + (len(seconds) - 1) * send + cost.sample_seconds()
+    return sum(seconds) + (len(seconds) - 1) * send + cost.sample_seconds(num_rows)
 
 
 @dataclass

@@ -125,7 +125,7 @@ class _Replica:
         assert not any(queue.waiting for queue in self.queues), "the simulated engine stalled"
 
     def _pass_through(self, work: StepWork, ready: float) -> float:
-        after = self._cost.sample_seconds()
+        after = self._cost.sample_seconds(work.num_rows)
         if self._host is not None:
             seconds = self._host.step_seconds + work.num_rows * self._host.row_seconds
             ready = self._host_free = max(ready, self._host_free) + seconds

@@ -10,7 +10,10 @@ import yaml
 import calibrate
 from calibrate import Figures, profile_values, write_profile
 from seesaw_ds.engine.hardware import device_name
+from seesaw_ds.layout import ParallelLayout
+from seesaw_ds.plan.cost import CostModel, StepWork
 from seesaw_ds.plan.hardware import load_hardware, parse_hardware
+from seesaw_ds.shapes import model_shape, read_hf_config
 
 FIGURES = {
     "memory_bytes": 1 << 30,
@@ -47,23 +50,32 @@ def test_one_rank_alone_has_a_profile_too() -> None:
     assert "pads_decode" not in profile.sources
 
 
-def test_the_hosts_work_is_what_a_decode_step_of_the_engine_takes_beyond_its_layers(
+def test_the_hosts_work_is_what_decode_steps_of_the_engine_take_beyond_their_layers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """256 steps of each of two replicas, 8 rows in a step; phases apart, or decode would count as prefill."""
-    phases = {"prefill": 1.0}
+    """256 steps of each of two replicas with 4 rows, then with 24; phases apart, or decode would count as prefill."""
+    step_seconds, row_seconds, layer_seconds = 1e-3, 2e-3, []
 
     def run_engine(config: Path, num_ranks: int, summary: Path) -> Figures:
         settings = yaml.safe_load(config.read_text())
         assert (settings["layouts"], settings["mixed_steps"]) == ("D2", False)
-        return {"decode_steps": 512, "decode_rows": 4096, "phase_seconds": phases}
+        num_rows = settings["max_num_seqs"]
+        context = num_rows * (calibrate._PROMPT_TOKENS + calibrate._OUTPUT_TOKENS // 2)
+        shape = model_shape(read_hf_config(settings["model"]))
+        cost = CostModel(shape, calibrate.make_profile(figures), ParallelLayout(dp=2), "float32")
+        layer_seconds.append(sum(cost.stage_seconds(StepWork(num_rows, decode_context=context, num_rows=num_rows))))
+        decode = 256 * (step_seconds + row_seconds * num_rows + layer_seconds[-1])
+        return {
+            "decode_steps": 512,
+            "decode_rows": 512 * num_rows,
+            "phase_seconds": {"prefill": 1.0, "decode": decode},
+        }
 
     monkeypatch.setattr(calibrate, "_run_engine", run_engine)
     figures = FIGURES | LINKS | {"attention_efficiency": 0.5}
-    found = []
-    for number, seconds in enumerate((1.0, 2.0, 0.0)):
-        phases["decode"] = seconds
-        found.append(calibrate.engine_step_seconds(figures, 2, tmp_path / str(number)))
-    assert found[1] - found[0] == pytest.approx(1 / 256)
-    assert 0 < found[0] < 1 / 256
-    assert found[2] == 1e-6
+    found = calibrate.host_seconds(figures, 2, tmp_path)
+    assert found == {"step_seconds": pytest.approx(step_seconds), "row_seconds": pytest.approx(row_seconds)}
+    assert layer_seconds[0] < layer_seconds[1]
+    row_seconds = 0.0
+    (tmp_path / "again").mkdir()
+    assert calibrate.host_seconds(figures, 2, tmp_path / "again")["step_seconds"] == pytest.approx(step_seconds)
