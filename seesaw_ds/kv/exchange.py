@@ -75,7 +75,7 @@ class KVExchange:
         }
         self._outgoing = {to: self._parcels(shards[to.other][self._rank], shards[to]) for to in Phase}
         self._incoming = {to: self._parcels(shards[to][self._rank], shards[to.other]) for to in Phase}
-        self._block_bytes = max(self._buffer_bytes(to, 1) for to in Phase)
+        self._block_bytes = max(self._bytes_under_way(to) for to in Phase)
         if not self._is_static and scratch is None:
             num_bytes = _NUM_UNDER_WAY * max(_BATCH_BYTES, self._block_bytes)
             scratch = torch.empty(num_bytes, dtype=torch.uint8, device=self._blocks[Phase.PREFILL].device)
@@ -114,12 +114,12 @@ class KVExchange:
                 parcels.append(_Parcel(rank, part))
         return parcels
 
-    def _buffer_bytes(self, to: Phase, num_blocks: int) -> int:
-        """What `num_blocks` blocks take of a buffer on their way."""
+    def _bytes_under_way(self, to: Phase) -> int:
+        """What a block takes of a buffer on its way, at most."""
         old, new = self._blocks[to.other], self._blocks[to]
         sizes = [_part(old, parcel.part)[0].numel() for parcel in self._outgoing[to]]
         sizes += [_part(new, parcel.part)[0].numel() for parcel in self._incoming[to] if parcel.rank != self._rank]
-        return sum(padded(num_blocks * numel * old.element_size()) for numel in sizes)
+        return sum(padded(numel * old.element_size()) for numel in sizes)
 
     def _start(self, old: torch.Tensor, to: Phase, index: torch.Tensor, buffer: Cutter) -> _Batch:
         parts = {}

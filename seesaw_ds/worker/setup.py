@@ -142,6 +142,7 @@ class _EngineBuilder:
         self._transport = self._choose_transport()
         self._scratch = torch.empty(self._scratch_bytes(), dtype=torch.uint8, device=self._device)
         self._max_blocks_per_seq = blocks_for(self._longest, run.kv_block_size)
+        self._attentions = {phase: self._decode_attention(phase) for phase in self._decode_layouts()}
         self._slots = DecodingSlots(run.max_num_seqs, self._max_blocks_per_seq, self._shape.vocab_size, self._device)
         self._links: dict[Phase, PipelineLink] = {}
         self._feedback: dict[Phase, TokenFeedback] = {}
@@ -238,7 +239,6 @@ class _EngineBuilder:
 
         Kernels and communicators are made, and what memory all that takes becomes known.
         """
-        self._attentions = {phase: self._decode_attention(phase) for phase in self._decode_layouts()}
         if not devices.is_cuda(self._device):
             return
         pools = self._pools(warm_up_blocks(self._run, self._longest))
@@ -288,10 +288,10 @@ class _EngineBuilder:
         """Capture every graph. The weights stay as they are in prefill: what these steps compute nobody reads."""
         free, _ = torch.cuda.mem_get_info()
         with torch.inference_mode():
-            for phase in (Phase.DECODE, Phase.PREFILL):
+            for phase in self._attentions:
                 self._state.activate(phase)
-                if phase in self._attentions:
-                    self._decode[phase].warm_up()
+                self._decode[phase].warm_up()
+        self._state.activate(Phase.PREFILL)
         get_accelerator().synchronize()
         log_memory_in_use(self._run, free)
 
