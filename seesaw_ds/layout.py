@@ -82,6 +82,10 @@ class Shard(NamedTuple):
     def intersect(self, other: Shard) -> Shard:
         return Shard(self.layers.intersect(other.layers), self.kv_heads.intersect(other.kv_heads))
 
+    def within(self, outer: Shard) -> Shard:
+        """This one, counted from the start of `outer`, which holds it."""
+        return Shard(self.layers.within(outer.layers), self.kv_heads.within(outer.kv_heads))
+
     @property
     def is_empty(self) -> bool:
         return self.layers.size == 0 or self.kv_heads.size == 0

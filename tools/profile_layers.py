@@ -89,9 +89,9 @@ class Layers:
         self.shape, self.device, self.dtype, self.num_blocks = shape, device, dtype, num_blocks
         self.has_graphs = backends.has_graphs
         self._backends = backends
-        size = (num_blocks, shape.num_layers, 2, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)
+        size = (num_blocks, shape.num_kv_heads, shape.num_layers, 2, BLOCK_SIZE, shape.head_dim)
         pool = torch.randn(size, dtype=dtype, device=device)
-        self.kv_caches = [pool[:, layer] for layer in range(shape.num_layers)]
+        self.kv_caches = [pool[:, :, layer].transpose(1, 2) for layer in range(shape.num_layers)]
 
     def make_attention(self, phase: Phase, num_rows: int = 0, num_blocks: int = 0) -> tuple[AttentionBackend, ...]:
         """Attention for steps with `num_rows` decode rows at most, in decode with tables of `num_blocks` together."""

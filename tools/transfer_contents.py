@@ -83,7 +83,7 @@ class KnownKV:
         }
         self._salt = 0
         words_per_head = shape.head_dim * dtype.itemsize // 8
-        self._sizes = (shape.num_layers, 2, shape.num_kv_heads, BLOCK_SIZE, words_per_head)
+        self._sizes = (shape.num_kv_heads, shape.num_layers, 2, BLOCK_SIZE, words_per_head)
         self._device = device
 
     def fill(self, phase: Phase) -> None:
@@ -98,10 +98,10 @@ class KnownKV:
         return all(torch.equal(view, self.expected(blocks, shard)) for blocks, view in self._batches(phase))
 
     def expected(self, blocks: torch.Tensor, shard: Shard) -> torch.Tensor:
-        """What `shard` has of `blocks` (int64, on the device), as words: (blocks, layers, 2, heads, tokens, words)."""
+        """What `shard` has of `blocks` (int64, on the device), as words: (blocks, heads, layers, 2, tokens, words)."""
         axes = [torch.arange(size, device=self._device) for size in self._sizes]
-        axes[0] = axes[0][shard.layers.start : shard.layers.stop]
-        axes[2] = axes[2][shard.kv_heads.start : shard.kv_heads.stop]
+        axes[0] = axes[0][shard.kv_heads.start : shard.kv_heads.stop]
+        axes[1] = axes[1][shard.layers.start : shard.layers.stop]
         ids = blocks + (self._salt << _SALT_BITS)
         for size, axis in zip(self._sizes, axes, strict=True):
             ids = ids.unsqueeze(-1) * size + axis

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from seesaw_ds.kv.device_pool import DeviceKVPool
+from seesaw_ds.kv.device_pool import DeviceKVPool, part_of
 from seesaw_ds.layout import LayoutPair, Phase, Shard
 from seesaw_ds.parallel.device import to_device
 from seesaw_ds.parallel.scratch import Cutter, padded
@@ -110,21 +110,20 @@ class KVExchange:
         for rank, other in enumerate(others):
             common = shard.intersect(other)
             if not common.is_empty:
-                part = Shard(common.layers.within(shard.layers), common.kv_heads.within(shard.kv_heads))
-                parcels.append(_Parcel(rank, part))
+                parcels.append(_Parcel(rank, common.within(shard)))
         return parcels
 
     def _bytes_under_way(self, to: Phase) -> int:
         """What a block takes of a buffer on its way, at most."""
         old, new = self._blocks[to.other], self._blocks[to]
-        sizes = [_part(old, parcel.part)[0].numel() for parcel in self._outgoing[to]]
-        sizes += [_part(new, parcel.part)[0].numel() for parcel in self._incoming[to] if parcel.rank != self._rank]
+        sizes = [part_of(old, parcel.part)[0].numel() for parcel in self._outgoing[to]]
+        sizes += [part_of(new, parcel.part)[0].numel() for parcel in self._incoming[to] if parcel.rank != self._rank]
         return sum(padded(numel * old.element_size()) for numel in sizes)
 
     def _start(self, old: torch.Tensor, to: Phase, index: torch.Tensor, buffer: Cutter) -> _Batch:
         parts = {}
         for parcel in self._outgoing[to]:
-            source = _part(old, parcel.part)
+            source = part_of(old, parcel.part)
             part = buffer.take((len(index), *source.shape[1:]), old.dtype)
             parts[parcel.rank] = torch.index_select(source, 0, index, out=part)
         new = self._blocks[to]
@@ -134,7 +133,7 @@ class KVExchange:
             if parcel.rank == self._rank:
                 arrived.append((parcel, parts.pop(self._rank)))
                 continue
-            landing = buffer.take((len(index), *_part(new, parcel.part).shape[1:]), new.dtype)
+            landing = buffer.take((len(index), *part_of(new, parcel.part).shape[1:]), new.dtype)
             arrived.append((parcel, landing))
             receives.append((landing, self._ranks[parcel.rank]))
         sends = [(data, self._ranks[rank]) for rank, data in parts.items()]
@@ -147,11 +146,7 @@ def _widened(blocks: torch.Tensor) -> torch.Tensor:
     return blocks if blocks.shape[-1] % ratio else blocks.view(torch.int64)
 
 
-def _part(tensor: torch.Tensor, part: Shard) -> torch.Tensor:
-    return tensor[:, part.layers.start : part.layers.stop, :, part.kv_heads.start : part.kv_heads.stop]
-
-
 def _finish(batch: _Batch, new: torch.Tensor) -> None:
     batch.handle.wait()
     for parcel, data in batch.arrived:
-        _part(new, parcel.part).index_copy_(0, batch.block_index, data)
+        part_of(new, parcel.part).index_copy_(0, batch.block_index, data)

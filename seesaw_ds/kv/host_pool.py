@@ -25,13 +25,13 @@ class HostKVPool:
         rows = mapping.tensor(0, (num_blocks, layout.row_numel), dtype)
         self._pieces = []
         for offset, shard in zip(layout.piece_offsets, layout.pieces, strict=True):
-            shape = (shard.layers.size, 2, shard.kv_heads.size, layout.block_size, layout.head_dim)
+            shape = (shard.kv_heads.size, shard.layers.size, 2, layout.block_size, layout.head_dim)
             self._pieces.append(rows[:, offset : offset + layout.shard_numel(shard)].unflatten(1, shape))
 
     def piece(self, index: int) -> torch.Tensor:
-        """All blocks of one of the layout's pieces: (num_blocks, layers, 2, kv_heads, block_size, head_dim).
+        """All blocks of one of the layout's pieces: (num_blocks, kv_heads, layers, 2, block_size, head_dim).
 
-        Strided over the rows; any layers of one block are contiguous.
+        Strided over the rows; any layers of one head of a block are contiguous.
         """
         return self._pieces[index]
 

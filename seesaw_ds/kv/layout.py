@@ -1,18 +1,15 @@
 """Where the KV of a block lies in the host pool, and which part of it a rank owns in each phase.
 
-A block's KV is (layers, K/V, KV heads, tokens, head_dim). A rank owns a rectangle of (layers x heads), so what two
-shards have in common is a rectangle too. The host pool keeps a block as one row of contiguous pieces: first the
-pieces of decode rank 0, then of rank 1 and so on. A decode rank's heads are cut where a prefill rank's end, so that
-every copy, out or in, is one contiguous run of a piece::
+A block's KV is (KV heads, layers, K/V, tokens, head_dim), on devices and in the host pool: heads come first because
+tensor parallelism divides them, and layers next because pipeline parallelism does, so any layers of one head are one
+run. A rank owns a rectangle of (heads x layers), and what two shards have in common is a rectangle too. The host pool
+keeps a block as one row: the piece of decode rank 0, then of rank 1 and so on. A decode rank's copies are one run a
+block, a prefill rank's one run a head::
 
-    P2->T2, 4 layers, 2 heads      row = | decode rank 0              | decode rank 1              |
-                                         | head 0 of layers 0 1 2 3   | head 1 of layers 0 1 2 3   |
-    prefill rank 0 (layers 0 1) writes                    ^^^                              ^^^
-    prefill rank 1 (layers 2 3) writes                        ^^^                              ^^^
-
-    T2->P2                         row = | decode rank 0                         | decode rank 1 ...
-                                         | head 0 of layers 0 1 | head 1 of 0 1  |
-    prefill rank 0 (head 0) writes                          ^^^                   ...
+    P2->T2, 4 layers, 4 heads      row = | decode rank 0                     | decode rank 1                     |
+                                         | head 0: 0 1 2 3 | head 1: 0 1 2 3 | head 2: 0 1 2 3 | head 3: 0 1 2 3 |
+    prefill rank 0 (layers 0 1) writes             ^^^               ^^^               ^^^               ^^^
+    prefill rank 1 (layers 2 3) writes                 ^^^               ^^^               ^^^               ^^^
 """
 
 from __future__ import annotations
@@ -20,18 +17,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from seesaw_ds.layout import LayoutPair, Phase, Range, Shard, split_evenly
+from seesaw_ds.layout import LayoutPair, Phase, Shard
 
 
 class Overlap(NamedTuple):
-    """What a rank's shard has in common with piece `piece` of the row: all of its heads, in some of its layers.
-
-    `in_shard` counts from the start of the shard, `piece_layers` from the start of the piece.
-    """
+    """What a rank's shard has in common with piece `piece` of the row, counted from the start of the shard and of the
+    piece."""
 
     piece: int
     in_shard: Shard
-    piece_layers: Range
+    in_piece: Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +57,7 @@ class HostBlockLayout:
                     f"layouts={str(self.layouts)!r}: the {phase.value} TP size {tp} must divide the model's "
                     f"{self.num_kv_heads} KV heads; take a smaller T"
                 )
-        # the finest cut that either phase makes
-        head_groups = split_evenly(self.num_kv_heads, self.layouts.cells_per_layer)
-        pieces = []
-        for rank in range(self.layouts.replica_size):
-            shard = self.shard(Phase.DECODE, rank)
-            pieces += [Shard(shard.layers, heads) for heads in head_groups if heads.intersect(shard.kv_heads).size]
+        pieces = [self.shard(Phase.DECODE, rank) for rank in range(self.layouts.replica_size)]
         offsets = [0]
         for piece in pieces:
             offsets.append(offsets[-1] + self.shard_numel(piece))
@@ -94,7 +84,5 @@ class HostBlockLayout:
         for index, piece in enumerate(self.pieces):
             common = shard.intersect(piece)
             if not common.is_empty:
-                assert common.kv_heads == piece.kv_heads, (shard, piece)
-                in_shard = Shard(common.layers.within(shard.layers), common.kv_heads.within(shard.kv_heads))
-                overlaps.append(Overlap(index, in_shard, common.layers.within(piece.layers)))
+                overlaps.append(Overlap(index, common.within(shard), common.within(piece)))
         return tuple(overlaps)

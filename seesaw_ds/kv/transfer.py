@@ -1,20 +1,21 @@
 """Copies of whole blocks between a device pool, of either phase, and the host pool. This is the KV re-shard.
 
 Prefill ranks write their rectangles of a block's row and decode ranks read theirs; swap-in and eviction are the same
-copies with a decode shard. On CUDA they are queued on the current stream: a rectangle that is not contiguous in the
-device pool goes through a staging buffer on the device, so that only contiguous runs cross the bus.
+copies with a decode shard. A rectangle is one run on both sides where it has all of both sides' layers, else one run a
+head. On CUDA the runs are queued on the current stream, for the copy engine: no kernel takes part.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from seesaw_ds.kv.device_pool import DeviceKVPool
+from seesaw_ds.kv.device_pool import DeviceKVPool, part_of
 from seesaw_ds.kv.host_pool import HostKVPool
 from seesaw_ds.parallel.device import is_cuda, record_event
 from seesaw_ds.parallel.row_copies import copy_runs, row_addresses
@@ -22,7 +23,6 @@ from seesaw_ds.parallel.row_copies import copy_runs, row_addresses
 if TYPE_CHECKING:
     from seesaw_ds.parallel.device import Event
 
-STAGING_BYTES = 64 << 20
 _PACE_BYTES = 16 << 20
 
 
@@ -56,22 +56,15 @@ def _copy(
     assert len(device_blocks) == len(host_blocks), (len(device_blocks), len(host_blocks))
     copied_bytes = 0
     bus = _Bus(device_pool.tensor.device, to_host)
-    for on_device, on_host in _rectangles(device_pool, host_pool):
-        if not is_cuda(on_device.device):
-            pair = ((on_device, _index(device_blocks)), (on_host, _index(host_blocks)))
+    for piece, in_shard, in_piece in host_pool.layout.overlaps(device_pool.shard):
+        on_device, on_host = device_pool.part(in_shard), part_of(host_pool.piece(piece), in_piece)
+        if is_cuda(on_device.device):
+            sides = zip(*runs_of(on_device, on_host), strict=True)
+            bus.move(*map(RunList, sides, (device_blocks, host_blocks)))
+        else:
+            pair = ((on_device, torch.tensor(device_blocks)), (on_host, torch.tensor(host_blocks)))
             (source, source_index), (target, target_index) = pair if to_host else pair[::-1]
             target.index_copy_(0, target_index, source.index_select(0, source_index))
-        elif on_device[:1].is_contiguous():
-            bus.move(on_device, np.asarray(device_blocks), on_host, np.asarray(host_blocks))
-        else:
-            for start, staging in _staged(on_device, len(device_blocks)):
-                batch = slice(start, start + len(staging))
-                index = _index(device_blocks[batch], on_device.device)
-                if to_host:
-                    torch.index_select(on_device, 0, index, out=staging)
-                bus.move(staging, np.arange(len(staging)), on_host, np.asarray(host_blocks[batch]))
-                if not to_host:
-                    on_device.index_copy_(0, index, staging)
         copied_bytes += len(host_blocks) * on_host[:1].numel() * on_host.element_size()
     return copied_bytes
 
@@ -89,16 +82,13 @@ class _Bus:
         self._to_host = to_host
         self._events: deque[Event] = deque()
 
-    def move(
-        self, on_device: torch.Tensor, device_blocks: np.ndarray, on_host: torch.Tensor, host_blocks: np.ndarray
-    ) -> None:
-        """Queue the copies of blocks' parts, each of which is contiguous on both sides."""
-        block_bytes = on_host[0].numel() * on_host.element_size()
-        device_side, host_side = row_addresses(on_device, device_blocks), row_addresses(on_host, host_blocks)
-        targets, sources = (host_side, device_side) if self._to_host else (device_side, host_side)
-        batch_size = max(1, _PACE_BYTES // block_bytes)
+    def move(self, on_device: RunList, on_host: RunList) -> None:
+        """Queue the copies of the runs on one side to those on the other."""
+        target, source = (on_host, on_device) if self._to_host else (on_device, on_host)
+        targets, sources = target.addresses(), source.addresses()
+        batch_size = max(1, _PACE_BYTES // source.num_bytes)
         for start in range(0, len(targets), batch_size):
-            copy_runs(targets[start : start + batch_size], sources[start : start + batch_size], block_bytes)
+            copy_runs(targets[start : start + batch_size], sources[start : start + batch_size], source.num_bytes)
             event = record_event(self._device)
             assert event is not None
             self._events.append(event)
@@ -106,32 +96,25 @@ class _Bus:
                 self._events.popleft().synchronize()
 
 
-def _rectangles(device_pool: DeviceKVPool, host_pool: HostKVPool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Views (num_blocks, layers, 2, heads, block_size, head_dim) of what the shard shares with each host piece.
+@dataclass(frozen=True)
+class RunList:
+    """Runs of equal size of some `blocks`: `views` are (num_blocks, ...) each, contiguous in a block."""
 
-    A block of the host view is contiguous; a block of the device view is where its heads are all of the shard's.
-    """
-    for piece, (layers, heads), piece_layers in host_pool.layout.overlaps(device_pool.shard):
-        yield (
-            device_pool.tensor[:, layers.start : layers.stop, :, heads.start : heads.stop],
-            host_pool.piece(piece)[:, piece_layers.start : piece_layers.stop],
-        )
+    views: tuple[torch.Tensor, ...]
+    blocks: Sequence[int]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of one run."""
+        return int(self.views[0][0].numel() * self.views[0].element_size())
 
-def _staged(rectangle: torch.Tensor, num_blocks: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Cover `num_blocks` blocks in batches: (index of the first block, contiguous buffer for the batch).
-
-    Batches share one buffer, and the allocator hands it on within the current stream only: copies queued on that
-    stream are done with it before the next ones begin.
-    """
-    block_bytes = rectangle[0].numel() * rectangle.element_size()
-    batch_size = max(1, min(num_blocks, STAGING_BYTES // block_bytes))
-    buffer = rectangle.new_empty((batch_size, *rectangle.shape[1:]))
-    for start in range(0, num_blocks, batch_size):
-        yield start, buffer[: num_blocks - start]
+    def addresses(self) -> np.ndarray:
+        """Where the runs begin, block after block."""
+        return np.stack([row_addresses(view, np.asarray(self.blocks)) for view in self.views], axis=1).ravel()
 
 
-def _index(blocks: Sequence[int], device: torch.device | None = None) -> torch.Tensor:
-    if device is None:
-        return torch.tensor(blocks, dtype=torch.int64)
-    return torch.tensor(blocks, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+def runs_of(on_device: torch.Tensor, on_host: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Views of a rectangle on both sides that are contiguous in a block: all of it, or each of its heads."""
+    if on_device[0].is_contiguous() and on_host[0].is_contiguous():
+        return [(on_device, on_host)]
+    return list(zip(on_device.unbind(1), on_host.unbind(1), strict=True))

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from seesaw_ds.config import RunConfig
 from seesaw_ds.errors import UserError
 from seesaw_ds.kv.exchange import KV_SCRATCH_BYTES
-from seesaw_ds.kv.transfer import STAGING_BYTES
 from seesaw_ds.model.sampler import sampling_bytes
 from seesaw_ds.plan.memory import GIB
 from seesaw_ds.sched.blocks import blocks_for
@@ -64,7 +63,7 @@ def measure_kv_blocks(
         "workspaces": torch.cuda.memory_allocated() - weight_bytes,
         "activations": max(steps.micro_batch, sampling_bytes(most_rows, shape.vocab_size)),
         "decode graphs": steps.decode_step + logits_bytes + steps.num_graphs * _GRAPH_BYTES,
-        "copies": 2 * STAGING_BYTES + _FRAGMENT_BYTES,
+        "fragments": _FRAGMENT_BYTES,
         "CUDA, NCCL": total - free - torch.cuda.memory_reserved(),
     }
     num_blocks = max(0, budget - sum(parts.values())) // block_bytes
@@ -78,7 +77,7 @@ def measure_kv_blocks(
 def runtime_bytes() -> int:
     """What a run takes of a device beside weights, activations and KV, by what CUDA and NCCL take of this one now."""
     free, total = torch.cuda.mem_get_info()
-    buffers = KV_SCRATCH_BYTES + 2 * STAGING_BYTES + _FRAGMENT_BYTES + _USUAL_GRAPHS * _GRAPH_BYTES
+    buffers = KV_SCRATCH_BYTES + _FRAGMENT_BYTES + _USUAL_GRAPHS * _GRAPH_BYTES
     return total - free - torch.cuda.memory_reserved() + buffers
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from harness import RankFailure, run_ranks
-from seesaw_ds.kv.device_pool import DeviceKVPool, allocate_kv, block_numel
+from seesaw_ds.kv.device_pool import DeviceKVPool, allocate_kv, block_numel, part_of
 from seesaw_ds.kv.exchange import KVExchange
 from seesaw_ds.kv.host_pool import HostKVPool
 from seesaw_ds.kv.layout import HostBlockLayout
@@ -28,9 +28,8 @@ HOST_BLOCKS = [9, 0, 4, 7, 2, 10]
 
 
 def part_of_global_kv(shard: Shard, num_layers: int = NUM_LAYERS) -> torch.Tensor:
-    shape = torch.Size((NUM_BLOCKS, num_layers, 2, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM))
-    kv = torch.arange(shape.numel(), dtype=torch.float32).view(shape)
-    return kv[:, shard.layers.start : shard.layers.stop, :, shard.kv_heads.start : shard.kv_heads.stop]
+    shape = torch.Size((NUM_BLOCKS, NUM_KV_HEADS, num_layers, 2, BLOCK_SIZE, HEAD_DIM))
+    return part_of(torch.arange(shape.numel(), dtype=torch.float32).view(shape), shard)
 
 
 def make_pool(layout: HostBlockLayout, phase: Phase, rank: int) -> DeviceKVPool:

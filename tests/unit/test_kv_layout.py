@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from seesaw_ds.kv.device_pool import DeviceKVPool, allocate_kv, block_numel
+from seesaw_ds.kv.device_pool import DeviceKVPool, allocate_kv, block_numel, part_of
 from seesaw_ds.kv.host_pool import HostKVPool
 from seesaw_ds.kv.layout import HostBlockLayout
 from seesaw_ds.kv.swap import CopyEngine
-from seesaw_ds.kv.transfer import copy_to_device, copy_to_host
+from seesaw_ds.kv.transfer import RunList, copy_to_device, copy_to_host, runs_of
 from seesaw_ds.layout import LayoutPair, Phase
 from seesaw_ds.parallel.shared_memory import NodeSharedMapping
 
@@ -23,13 +24,9 @@ LAYOUTS = [
 
 
 def global_kv(num_layers: int, num_kv_heads: int) -> torch.Tensor:
-    """(blocks, layers, 2, heads, tokens, head_dim); every value tells its coordinates apart."""
-    shape = (NUM_BLOCKS, num_layers, 2, num_kv_heads, BLOCK_SIZE, HEAD_DIM)
+    """(blocks, heads, layers, 2, tokens, head_dim); every value tells its coordinates apart."""
+    shape = (NUM_BLOCKS, num_kv_heads, num_layers, 2, BLOCK_SIZE, HEAD_DIM)
     return torch.arange(torch.Size(shape).numel(), dtype=torch.float64).view(shape)
-
-
-def part_of(kv: torch.Tensor, shard) -> torch.Tensor:
-    return kv[:, shard.layers.start : shard.layers.stop, :, shard.kv_heads.start : shard.kv_heads.stop]
 
 
 def make_layout(text: str, num_layers: int, num_kv_heads: int = 12) -> HostBlockLayout:
@@ -101,25 +98,52 @@ def test_evicted_blocks_come_back_in_other_blocks(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "pieces_written", "pieces_read"),
+    ("text", "runs_written", "runs_read"),
     [
-        ("P2->T2", 2, 1),
-        ("P4->T2P2", 2, 1),
-        ("T2P2->T4", 2, 1),
+        ("P2->T2", 12, 1),  # a run for each of 12 heads
+        ("P4->T2P2", 12, 1),
+        ("T2P2->T4", 6, 1),
         ("P2->P2", 1, 1),
-        ("T4->P4", 4, 4),
-        ("T2P3->T3P2", 6, 2),
+        ("T4->P4", 12, 1),
+        ("T2P3->T3P2", 12, 1),  # of 6 heads, whose layers lie in the pieces of two stages
     ],
 )
-def test_every_copy_is_a_contiguous_run_of_one_piece(text, pieces_written, pieces_read):
+def test_every_copy_is_a_run_on_both_sides(text, runs_written, runs_read):
     layout = make_layout(text, num_layers=12)
     host_pool = make_host_pool(layout, 3)
     assert layout.row_bytes == 12 * 2 * 12 * BLOCK_SIZE * HEAD_DIM * 8
-    for phase, most_pieces in ((Phase.PREFILL, pieces_written), (Phase.DECODE, pieces_read)):
-        overlaps = [layout.overlaps(layout.shard(phase, rank)) for rank in range(layout.layouts.replica_size)]
-        assert max(map(len, overlaps)) == most_pieces
-        for piece, _, layers in (overlap for of_rank in overlaps for overlap in of_rank):
-            assert host_pool.piece(piece)[1, layers.start : layers.stop].is_contiguous()
+    for phase, most_runs in ((Phase.PREFILL, runs_written), (Phase.DECODE, runs_read)):
+        num_runs = []
+        for rank in range(layout.layouts.replica_size):
+            pool = make_device_pool(layout, phase, rank, 2)
+            runs = [
+                run
+                for piece, in_shard, in_piece in layout.overlaps(pool.shard)
+                for run in runs_of(pool.part(in_shard), part_of(host_pool.piece(piece), in_piece))
+            ]
+            assert all(side[1].is_contiguous() for run in runs for side in run)
+            assert sum(on_device[0].numel() for on_device, _ in runs) == pool.tensor[0].numel()
+            num_runs.append(len(runs))
+        assert max(num_runs) == most_runs
+    host_pool.close()
+
+
+@pytest.mark.parametrize("text", ["P2->T2", "P2->P2"])
+def test_runs_are_where_their_addresses_say(text):
+    layout = make_layout(text, num_layers=4)
+    host_pool, pool = make_host_pool(layout, 6), make_device_pool(layout, Phase.PREFILL, 1, NUM_BLOCKS)
+    kv = part_of(global_kv(4, layout.num_kv_heads), pool.shard)
+    pool.tensor.copy_(kv)
+    blocks, host_blocks = [4, 0, 3], [1, 5, 2]
+    for piece, in_shard, in_piece in layout.overlaps(pool.shard):
+        on_device, on_host = pool.part(in_shard), part_of(host_pool.piece(piece), in_piece)
+        sides = zip(*runs_of(on_device, on_host), strict=True)
+        source, target = map(RunList, sides, (blocks, host_blocks))
+        assert source.num_bytes == target.num_bytes
+        for to, come_from in zip(target.addresses().tolist(), source.addresses().tolist(), strict=True):
+            ctypes.memmove(to, come_from, source.num_bytes)
+        assert torch.equal(on_host[host_blocks], part_of(kv, in_shard)[blocks])
+        assert not on_host[[0, 3, 4]].any()
     host_pool.close()
 
 
@@ -127,7 +151,7 @@ def test_layer_view_is_what_attention_reads():
     layout = make_layout("P2->T2", num_layers=4)
     pool = make_device_pool(layout, Phase.PREFILL, 1, 2)
     pool.layer(1)[1, 0, 11, 3] = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    assert pool.tensor[1, 1, 0, 11, 3].tolist() == [1, 2, 3]
+    assert pool.tensor[1, 11, 1, 0, 3].tolist() == [1, 2, 3]
     assert pool.tensor.count_nonzero() == 3
 
 
