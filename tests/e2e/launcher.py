@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import TypeVar
 import psutil
 import yaml
 
+from ports import free_port
 from seesaw_ds.engine.process_id import LAUNCH_NAME, RUNNER_NAME
 
 REPOSITORY = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ class Run:
         config = folder / "config.yaml"
         config.write_text(yaml.safe_dump(dict(settings)))
         self.mark = uuid.uuid4().hex
-        self.port = _free_port()
+        self.port = free_port()
         self.temporary = folder / f"tmp-{self.mark}"
         self.temporary.mkdir(parents=True)
         self._output_path = folder / f"output-{self.mark}.txt"
@@ -190,9 +190,3 @@ def _role(process: psutil.Process) -> str:
     if "deepspeed.launcher.launch" in arguments:
         return LAUNCH_NAME
     return RUNNER_NAME if "--num_accelerators=2" in arguments else f"{text} (pid {process.pid})"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

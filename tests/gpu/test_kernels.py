@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from seesaw_ds.kv.device_pool import DeviceKVPool, block_numel
+from seesaw_ds.layout import Range, Shard
 from seesaw_ds.model.attention.interface import AttentionBatch, AttentionRule
 from seesaw_ds.model.attention.torch_backend import TorchAttention
 from seesaw_ds.model.families.family import Activation
@@ -84,13 +86,15 @@ def test_rotate_and_store_in_a_strided_cache() -> None:
     num_tokens, num_blocks = 50, 64
     qkv = random(num_tokens, KV_HEADS, HEADS // KV_HEADS + 2, HEAD_DIM)
     places = random_places(num_tokens, torch.randperm(num_blocks, device="cuda")[:num_tokens])
-    pool = random(num_blocks, 3, 2, KV_HEADS, BLOCK, HEAD_DIM)
+    pool = random(num_blocks, KV_HEADS, 3, 2, BLOCK, HEAD_DIM)
     expected_pool = pool.float()
-    expected = TorchOps().rotate_and_store(qkv.float(), places, expected_pool[:, 1])
-    queries = CudaOps().rotate_and_store(qkv, places, pool[:, 1])
+    kv_cache, expected_cache = (layers[:, :, 1].transpose(1, 2) for layers in (pool, expected_pool))
+    expected = TorchOps().rotate_and_store(qkv.float(), places, expected_cache)
+    queries = CudaOps().rotate_and_store(qkv, places, kv_cache)
     assert relative_error(queries, expected) < 5e-3
     assert relative_error(pool, expected_pool) < 5e-3
-    assert torch.equal(pool[:, 0].float(), expected_pool[:, 0]) and torch.equal(pool[:, 2].float(), expected_pool[:, 2])
+    for other in (0, 2):
+        assert torch.equal(pool[:, :, other].float(), expected_pool[:, :, other])
 
 
 def make_batch(query_lens: list[int], kv_lens: list[int], num_blocks: int, num_rows: int = 0) -> AttentionBatch:
@@ -111,12 +115,19 @@ def attention_error(
 ) -> float:
     num_blocks = 600
     batch = make_batch(query_lens, kv_lens, num_blocks, num_rows)
-    pool = random(num_blocks, 3, 2, KV_HEADS, BLOCK, HEAD_DIM)
+    kv_cache = layer_of_a_pool(num_blocks)
     queries = random(sum(query_lens), HEADS, HEAD_DIM)
     reference = TorchAttention(rule, BLOCK, torch.device("cuda"))
     reference.plan(batch)
     backend.plan(batch)
-    return relative_error(backend.forward(queries, pool[:, 1]), reference.forward(queries.float(), pool[:, 1].float()))
+    return relative_error(backend.forward(queries, kv_cache), reference.forward(queries.float(), kv_cache.float()))
+
+
+def layer_of_a_pool(num_blocks: int) -> torch.Tensor:
+    """The second of three layers, strided as in the engine's pool."""
+    shard = Shard(Range(0, 3), Range(0, KV_HEADS))
+    memory = random(num_blocks, block_numel(shard, BLOCK, HEAD_DIM))
+    return DeviceKVPool(memory, shard, BLOCK, HEAD_DIM).layer(1)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -151,11 +162,11 @@ def test_a_captured_step_replays_with_a_new_plan() -> None:
     backend = FlashInferDecode(PLAIN, HEADS, KV_HEADS, HEAD_DIM, BLOCK, 4, 600, workspace(), torch.bfloat16, device)
     reference = TorchAttention(PLAIN, BLOCK, device)
     executor = GraphExecutor(4, lambda: None, GraphPool())
-    pool = random(600, 3, 2, KV_HEADS, BLOCK, HEAD_DIM)
+    kv_cache = layer_of_a_pool(600)
     queries = random(4, HEADS, HEAD_DIM)
     for kv_lens in ([900, 3, 250, 31], [17, 1000, 1, 500]):
         batch = make_batch([1] * 4, kv_lens, 600)
         backend.plan(batch)
-        out = executor.run(4, lambda size: backend.forward(queries[:size], pool[:, 1]))
+        out = executor.run(4, lambda size: backend.forward(queries[:size], kv_cache))
         reference.plan(batch)
-        assert relative_error(out, reference.forward(queries.float(), pool[:, 1].float())) < 1e-2
+        assert relative_error(out, reference.forward(queries.float(), kv_cache.float())) < 1e-2

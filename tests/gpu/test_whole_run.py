@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ports import free_port
+
 ROOT = Path(__file__).resolve().parents[2]
 # Log-probabilities of the tokens that the engine chose. transformers' own bfloat16 run of this model differs from its
 # float32 run by 0.056 on average and 0.24 at most; the engine was seen at 0.048 and 0.23.
@@ -64,7 +66,8 @@ def run(model: Path, prompts: list[list[int]], folder: Path, layouts: str, **set
         "input": str(folder / "in.jsonl"), "output": str(folder / "out.jsonl"), "timeline": str(folder / "t.json"),
     }  # fmt: skip
     (folder / "config.yaml").write_text(json.dumps(config | settings))
-    command = ["deepspeed", "--num_gpus", "2", str(ROOT / "launch/run.py"), "--config", str(folder / "config.yaml")]
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port())]
+    command += [str(ROOT / "launch/run.py"), "--config", str(folder / "config.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     print(done.stdout[-1500:], file=sys.stderr)
