@@ -99,20 +99,32 @@ class DecoderLayer(nn.Module):
         places: TokenPlaces,
         attention: AttentionBackend,
         kv_cache: torch.Tensor,
+        rows_R: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, residual) to (x, residual): the hidden state is their sum, which the next norm takes as it reads them."""
+        """(x, residual) to (x, residual): the hidden state is their sum, which the next norm takes as it reads them.
+
+        Of the N tokens only `rows_R` go on after attention; None is all.
+        """
         x_NM, residual_NM = self.before_attention(x_NM, residual_NM)
-        x_NM = self.after_attention(self._attend(x_NM, places, attention, kv_cache))
+        x_NM = self.after_attention(self._attend(x_NM, places, attention, kv_cache, rows_R))
+        if rows_R is not None:
+            residual_NM = residual_NM[rows_R]
         x_NM, residual_NM = self.before_ffn(x_NM, residual_NM)
         return self.after_ffn(self.ffn(x_NM)), residual_NM
 
     def _attend(
-        self, x_NM: torch.Tensor, places: TokenPlaces, attention: AttentionBackend, kv_cache: torch.Tensor
+        self,
+        x_NM: torch.Tensor,
+        places: TokenPlaces,
+        attention: AttentionBackend,
+        kv_cache: torch.Tensor,
+        rows_R: torch.Tensor | None,
     ) -> torch.Tensor:
         qkv, _ = self.qkv(x_NM)
         qkv = self.qk_norm(qkv.view(-1, *self._qkv_shape))
         q_NHD = self._ops.rotate_and_store(qkv, places, kv_cache)
-        out, _ = self.o(attention.forward(q_NHD, kv_cache).flatten(1))
+        attended = attention.forward(q_NHD, kv_cache).flatten(1)
+        out, _ = self.o(attended if rows_R is None else attended[rows_R])
         return out
 
 
@@ -193,16 +205,21 @@ class DecoderStage(nn.Module):
         places: Sequence[TokenPlaces],
         attention: Sequence[AttentionBackend],
         kv_caches: list[torch.Tensor],
+        rows_R: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run the stage's layers.
+        """Run the stage's layers; the hidden states (R, M) of the tokens `rows_R` of the batch, or (N, M) of all.
 
         `places` and `attention` have one for each of the shape's attention kinds; `kv_caches` are the layers'
-        (blocks, 2, K, block size, D) views, in order.
+        (blocks, 2, K, block size, D) views, in order. `rows_R` int64, at least one, is for the last stage only: its
+        last layer computes what follows attention for them alone. Keys and values are written for all tokens, and
+        all attend, for the attention of fewer would need a plan of its own.
         """
+        assert rows_R is None or self.groups.is_last_stage, "the next stage needs all tokens"
         x_NM: torch.Tensor = hidden_NM
         residual_NM: torch.Tensor | None = None
         for layer, kind, kv_cache in zip(self.layers, self._kinds, kv_caches, strict=True):
-            x_NM, residual_NM = layer(x_NM, residual_NM, places[kind], attention[kind], kv_cache)
+            rows = rows_R if layer is self.layers[-1] else None
+            x_NM, residual_NM = layer(x_NM, residual_NM, places[kind], attention[kind], kv_cache, rows)
         return x_NM if residual_NM is None else x_NM + residual_NM
 
     def logits(self, hidden_RM: torch.Tensor) -> torch.Tensor:

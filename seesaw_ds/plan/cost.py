@@ -8,6 +8,10 @@ A matrix product is bound by memory or by compute, and near the ridge of the roo
 
     tokens / tokens at the ridge    0.25   0.5    1     2     4
     seconds / larger bound          1.00   1.02   1.19  1.02  1.00
+
+Of a prefill micro-batch only the rows that are sampled leave the last stage. So the model's last layer has all tokens
+in the QKV product and attention, and the rows alone in the o projection, the FFN and their all-reduces. With 80 layers
+that is about 1% of prefill. Norms and activations, a few percent of a layer, are counted for all tokens there too.
 """
 
 from __future__ import annotations
@@ -61,21 +65,28 @@ def add_work(*parts: StepWork) -> StepWork:
 
 
 class _TokenSeconds(NamedTuple):
-    """Seconds of one layer on one device that depend on the number of tokens alone."""
+    """Seconds of one layer on one device that depend on the number of tokens alone: all, and a part of them.
 
-    linear: float
-    element: float
-    all_reduce: float
+    after_attention    o projection and FFN, with their all-reduces
+    """
+
+    layer: float
+    after_attention: float
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Seconds of one layout of a model on one kind of machine. Pure arithmetic; equal calls give equal answers."""
+    """Seconds of one layout of a model on one kind of machine. Pure arithmetic; equal calls give equal answers.
+
+    `trims_last_layer`: the model's last layer goes on after attention with the sampled rows alone, as in this engine.
+    Others, vLLM among them, run all layers for all tokens and pick the rows out after that.
+    """
 
     shape: ModelShape
     hardware: HardwareProfile
     layout: ParallelLayout
     dtype: str
+    trims_last_layer: bool = True
 
     @cached_property
     def itemsize(self) -> int:
@@ -135,6 +146,11 @@ class CostModel:
     def _layer_parameters(self) -> float:
         return self.shape.layer_parameters / self.layout.tp
 
+    @cached_property
+    def _qkv_parameters(self) -> float:
+        num_heads = self.shape.num_heads + 2 * self.shape.num_kv_heads
+        return num_heads * self.shape.head_dim * self.shape.hidden_size / self.layout.tp
+
     # A simulation asks for the same few numbers of tokens and rows over and over.
 
     @cached_property
@@ -180,19 +196,20 @@ class CostModel:
 
     def layer_seconds(self, work: StepWork) -> float:
         """One decoder layer, its two all-reduces included."""
-        seconds = self._seconds_by_tokens.get(work.num_tokens)
-        if seconds is None:
-            seconds = self._seconds_by_tokens[work.num_tokens] = self._token_seconds(work.num_tokens)
-        attention = self.attention_seconds(work)
-        return seconds.linear + attention + seconds.element + seconds.all_reduce + self.hardware.layer_seconds
+        tokens = self._token_seconds(work.num_tokens)
+        return tokens.layer + self.attention_seconds(work) + self.hardware.layer_seconds
 
     def _token_seconds(self, num_tokens: int) -> _TokenSeconds:
-        message = num_tokens * self.shape.hidden_size * self.itemsize
-        return _TokenSeconds(
-            self.linear_seconds(self._layer_parameters, num_tokens),
-            self.element_bytes(num_tokens) / self._element_bandwidth,
-            2 * self.hardware.all_reduce_seconds(message, self.layout.tp),
-        )
+        seconds = self._seconds_by_tokens.get(num_tokens)
+        if seconds is None:
+            qkv = self.linear_seconds(self._qkv_parameters, num_tokens)
+            rest = self.linear_seconds(self._layer_parameters - self._qkv_parameters, num_tokens)
+            message = num_tokens * self.shape.hidden_size * self.itemsize
+            after_attention = rest + 2 * self.hardware.all_reduce_seconds(message, self.layout.tp)
+            element = self.element_bytes(num_tokens) / self._element_bandwidth
+            seconds = _TokenSeconds(qkv + after_attention + element, after_attention)
+            self._seconds_by_tokens[num_tokens] = seconds
+        return seconds
 
     def head_seconds(self, num_rows: int) -> float:
         """The LM head for `num_rows` tokens, on the last stage."""
@@ -204,11 +221,22 @@ class CostModel:
             seconds = self._head_by_rows[num_rows] = self.linear_seconds(parameters, num_rows)
         return seconds
 
+    def end_seconds(self, work: StepWork) -> float:
+        """What the last stage takes beside its layers: the LM head, less what the last layer is spared.
+
+        May be negative. A decode step is spared nothing, for all its tokens are rows.
+        """
+        seconds = self.head_seconds(work.num_rows)
+        if self.trims_last_layer:
+            rows = self._token_seconds(max(1, work.num_rows))  # one goes on where none is sampled
+            seconds -= self._token_seconds(work.num_tokens).after_attention - rows.after_attention
+        return seconds
+
     def stage_seconds(self, work: StepWork) -> list[float]:
-        """Each stage's seconds for the micro-batch; the last one's with the LM head."""
+        """Each stage's seconds for the micro-batch; the last one's with `end_seconds`."""
         layer = self.layer_seconds(work)
         seconds = [num_layers * layer for num_layers in self.stage_layers]
-        seconds[-1] += self.head_seconds(work.num_rows)
+        seconds[-1] += self.end_seconds(work)
         return seconds
 
     def round_seconds(self, num_rows: int, num_context_tokens: float) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -67,7 +69,8 @@ class PrefillRunner:
             hidden = self._stage.embed(self._token_ids(chunks, prompts, slots))
         else:
             hidden = self._link.recv_hidden(num_tokens)
-        hidden = self._stage(hidden, places, self._attention, self._kv_caches)
+        rows = self._rows_to_sample(chunks, slots) if groups.is_last_stage else None
+        hidden = self._stage(hidden, places, self._attention, self._kv_caches, rows)
         sampled = None
         if groups.is_last_stage:
             sampled = self._sample(chunks, hidden, requests, slots)
@@ -131,6 +134,15 @@ class PrefillRunner:
         self._feedback.read(slots.host)
         return torch.cat((self._slots.tokens[slots.index], token_ids))
 
+    def _rows_to_sample(self, chunks: tuple[PrefillChunk, ...], slots: StepSlots | None) -> torch.Tensor:
+        """The tokens whose logits are sampled: the decode rows and the last token of each prompt that ends."""
+        num_rows = 0 if slots is None else len(slots)
+        ends = itertools.accumulate(chunk.num_tokens for chunk in chunks)
+        last_tokens = [num_rows + end - 1 for end, chunk in zip(ends, chunks, strict=True) if chunk.is_last]
+        # Where nothing is sampled one token goes on, the same on all ranks of the stage: kernels take no empty tensors,
+        # and leaving the rest of the layer out would save little, seldom.
+        return to_device([*range(num_rows), *last_tokens] or [0], self._device)
+
     def _sample(
         self,
         chunks: tuple[PrefillChunk, ...],
@@ -138,16 +150,12 @@ class PrefillRunner:
         requests: dict[int, SequenceRequest],
         slots: StepSlots | None,
     ) -> SampledTokens | None:
+        """Sample from the hidden states of `_rows_to_sample`."""
         num_rows = 0 if slots is None else len(slots)
-        ends, last_tokens, end = [], [], num_rows
-        for chunk in chunks:
-            end += chunk.num_tokens
-            if chunk.is_last:
-                ends.append(requests[chunk.seq_id])
-                last_tokens.append(end - 1)
+        ends = [requests[chunk.seq_id] for chunk in chunks if chunk.is_last]
         if not ends and slots is None:
             return None
-        logits = self._stage.logits(hidden[to_device([*range(num_rows), *last_tokens], self._device)])
+        logits = self._stage.logits(hidden)
         row_tokens = None if slots is None else self._slots.sample(logits[:num_rows], slots)
         if slots is not None:
             # Before the first tokens are sampled: the next step of these rows waits for it.

@@ -126,6 +126,31 @@ def test_uneven_stages_and_the_head_show_in_the_stage_times():
     assert seconds[3] == pytest.approx(seconds[2] + stages.head_seconds(64))
 
 
+def test_after_attention_the_last_layer_has_the_sampled_rows_alone():
+    machine = replace(
+        hardware("a10"),
+        linear={"bfloat16": ((0.0, 1e-12), (1000.0, 11e-12))},
+        all_reduce={2: ((0.0, 1e-5), (16384000.0, 1.01e-3))},  # 1 us a token beside the latency
+    )
+    model = CostModel(MODEL, machine, ParallelLayout.parse("T2P2"), "bfloat16")
+    rest = (64 * 128 + 3 * 28672) * 8192 / 2  # o projection, gate, up and down on one of two ranks
+    for num_rows, num_left in ((30, 30), (1, 1), (0, 1)):
+        work = StepWork(num_tokens=500, prefill_pairs=100_000, prefill_context=500, num_rows=num_rows)
+        first, last = model.stage_seconds(work)
+        spared = (500 - num_left) * (rest * 10e-15 + 2 * 1e-6)
+        assert first == 40 * model.layer_seconds(work)
+        assert last == pytest.approx(first + model.head_seconds(num_rows) - spared, rel=1e-12)
+        others = replace(model, trims_last_layer=False)
+        assert others.stage_seconds(work) == [first, first + model.head_seconds(num_rows)]
+
+
+@pytest.mark.parametrize("layouts", ["T1", "T4P2", "P8"])
+def test_a_decode_step_takes_as_long_in_engines_that_run_all_layers_for_all_tokens(layouts):
+    model = cost(layouts)
+    for work in (model.decode_work([900] * 64), model.group_work(1, 5000.0)):
+        assert model.stage_seconds(work) == replace(model, trims_last_layer=False).stage_seconds(work)
+
+
 def test_a_dtype_without_a_rate_is_refused():
     machine = replace(hardware("a10"), flops={"bfloat16": 1e12})
     model = CostModel(MODEL, machine, ParallelLayout(), "float32")

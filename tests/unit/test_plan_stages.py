@@ -69,16 +69,30 @@ def test_a_heavy_head_takes_layers_from_the_last_stage_and_a_light_one_none():
 
 
 def test_a_pair_is_split_by_phase_and_one_layout_by_steps():
-    machine = replace(L4, gemm_efficiency=0.75)  # prefill fast enough for the LM head to show in it
     splits = {}
     for text in ("P4->T2P2", "P4", "P8", "P4->T4"):
-        costs = {phase: CostModel(MODEL, machine, pair(text)[phase], "bfloat16") for phase in Phase}
-        steps = {Phase.PREFILL: StepWork(512, 100_000, 512, 0, 30), Phase.DECODE: StepWork(16, 0, 0, 16 * 400, 16)}
+        costs = {phase: CostModel(MODEL, L4, pair(text)[phase], "bfloat16") for phase in Phase}
+        # So few tokens that the LM head takes longer than what the last layer is spared, and one layer more.
+        steps = {Phase.PREFILL: StepWork(256, 100_000, 512, 0, 30), Phase.DECODE: StepWork(16, 0, 0, 16 * 400, 16)}
         splits[text] = list(map(str, unequal_splits(costs, steps)))
     assert splits["P4->T2P2"] == ["P4->T2P2[17,15]", "P4[8,9,8,7]->T2P2", "P4[8,9,8,7]->T2P2[17,15]"]
     assert splits["P4"] == ["P4[8,9,8,7]", "P4[8,9,9,6]"]
     assert splits["P8"] == ["P8[4,5,4,4,4,4,4,3]", "P8[4,5,5,4,4,4,4,2]"]
     assert splits["P4->T4"] == ["P4[8,9,8,7]->T4"]
+
+
+def test_the_last_stage_takes_the_remainder_in_prefill():
+    prefill = StepWork(2048, 1_000_000, 2048, 0, 3)
+    splits = {}
+    for num_layers, text in ((13, "P2"), (13, "P3"), (12, "P2"), (14, "P4")):
+        costs = {phase: cost(text, model=replace(MODEL, num_layers=num_layers)) for phase in Phase}
+        for decode in (prefill, DECODE):
+            steps = {Phase.PREFILL: prefill, Phase.DECODE: decode}
+            splits[num_layers, text, decode] = list(map(str, unequal_splits(costs, steps)))
+    assert splits[13, "P2", prefill] == ["P2[6,7]"]
+    assert splits[13, "P3", prefill] == ["P3[4,4,5]"]
+    assert splits[13, "P3", DECODE] == ["P3[4,4,5]", "P3[5,5,3]"]
+    assert splits[12, "P2", prefill] == splits[14, "P4", prefill] == []
 
 
 def test_70b_in_two_stages_keeps_them_equal():

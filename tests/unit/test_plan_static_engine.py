@@ -6,6 +6,7 @@ import pytest
 
 from plan_cases import hardware, shape
 from seesaw_ds.layout import ParallelLayout
+from seesaw_ds.plan.cost import CostModel, chunk_work
 from seesaw_ds.plan.static_engine import BatchPolicy, HostWork, StaticEngineLimits, run_static_engine
 from seesaw_ds.plan.workloads import RequestLength, workload_lengths
 
@@ -39,6 +40,13 @@ def test_one_token_outputs_need_no_decode_step():
     run = simulate([RequestLength(1000, 1)] * 8)
     assert run.mean_decode_batch == 0.0
     assert run.decode_seconds < 0.1 * run.seconds
+
+
+def test_every_layer_runs_for_every_token():
+    cost = CostModel(MODEL, hardware("a10"), ParallelLayout.parse("T8"), "bfloat16", trims_last_layer=False)
+    work = chunk_work(0, 500, True)
+    run = simulate([RequestLength(500, 1)])
+    assert run.seconds == pytest.approx(sum(cost.stage_seconds(work)) + cost.sample_seconds(1), rel=1e-12)
 
 
 def test_decoding_first_runs_smaller_batches():
