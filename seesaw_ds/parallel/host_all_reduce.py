@@ -13,9 +13,10 @@ from seesaw_ds.parallel.all_reduce import BackendAllReduce
 from seesaw_ds.parallel.shared_memory import NodeSharedMapping
 
 VECTOR_BYTES = 16  # what one thread loads or stores at once
-NUM_WRITERS = 32  # blocks; as many read. Together they fit on the smallest devices at once
+NUM_WRITERS = 48  # blocks; as many read. Together they fit on the smallest devices at once
 MIN_CHUNK_BYTES = 4 << 10
 MAX_CHUNK_BYTES = 16 << 10
+_CHUNK_BYTES_OF_LARGE = 8 << 10  # of tensors that are more than a chunk for each writer
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _READ_BYTES = 8 << 20  # what a rank may read from the others in one call; NCCL's pipeline takes over beyond
 _MAX_WARPS = 16
@@ -32,10 +33,13 @@ def max_tensor_bytes(num_ranks: int) -> int:
 def chunk_bytes_for(num_bytes: int, num_writers: int) -> int:
     """What one block writes before it raises a flag: a power of two.
 
-    A small tensor gives each writer one chunk. A large one gives several, so that reading begins while writing goes on.
+    A small tensor gives each writer one chunk at most: a second would come when all others are done. A large one gives
+    several, so that reading begins while writing goes on.
     """
     share = -(-num_bytes // num_writers)
-    return min(max(1 << (share - 1).bit_length(), MIN_CHUNK_BYTES), MAX_CHUNK_BYTES)
+    if share > MAX_CHUNK_BYTES:
+        return _CHUNK_BYTES_OF_LARGE
+    return max(1 << (share - 1).bit_length(), MIN_CHUNK_BYTES)
 
 
 def wave_size(num_bytes: int, chunk_bytes: int) -> int:

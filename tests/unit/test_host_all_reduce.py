@@ -23,7 +23,9 @@ from seesaw_ds.parallel.host_all_reduce import (
         (256 << 10, 32, 8 << 10),
         (256 << 10, 16, 16 << 10),
         (512 << 10, 32, 16 << 10),
-        (8 << 20, 32, 16 << 10),
+        ((512 << 10) + 16, 32, 8 << 10),
+        (576 << 10, 48, 16 << 10),
+        (8 << 20, 32, 8 << 10),
     ],
 )
 def test_small_tensors_are_one_chunk_a_writer_and_large_ones_several(num_bytes, num_writers, expected):
@@ -37,7 +39,7 @@ def test_chunks_are_powers_of_two_within_limits_and_leave_no_writer_idle_for_lon
         assert chunk & (chunk - 1) == 0
         assert MIN_CHUNK_BYTES <= chunk <= MAX_CHUNK_BYTES
         num_chunks = -(-num_bytes // chunk)
-        assert num_chunks <= num_writers or chunk == MAX_CHUNK_BYTES
+        assert num_chunks <= num_writers or num_bytes > num_writers * MAX_CHUNK_BYTES
         assert 2 * num_chunks > num_writers or chunk == MIN_CHUNK_BYTES
 
 
@@ -51,7 +53,7 @@ def test_every_rank_reads_8_mib_at_most_and_the_mapping_holds_two_halves_and_a_f
 
 
 @pytest.mark.parametrize(
-    ("num_bytes", "expected"), [(16, 0), ((256 << 10) - 16, 0), (256 << 10, 8), (512 << 10, 4), (8 << 20, 4)]
+    ("num_bytes", "expected"), [(16, 0), ((256 << 10) - 16, 0), (256 << 10, 8), (512 << 10, 4), (8 << 20, 8)]
 )
 def test_writers_of_large_tensors_begin_in_waves_of_64_kib(num_bytes, expected):
     assert wave_size(num_bytes, chunk_bytes_for(num_bytes, 32)) == expected
