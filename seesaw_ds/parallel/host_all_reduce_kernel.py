@@ -25,7 +25,8 @@ block waits until those of the waves before it, on its own device, have made the
     link out   wave 0 | wave 1 | wave 2 | wave 3
     link in             wave 0 | wave 1 | wave 2 | wave 3
 
-On two H200 with P2P off (34 GB/s each way) 576 KiB take 26 us, 17 of them the link's. Only when writers begin hangs on this.
+On two H200 with P2P off (34 GB/s each way) 576 KiB take 26 us, 17 of them the link's. Only when writers begin
+hangs on this.
 """
 
 from __future__ import annotations
