@@ -131,8 +131,8 @@ def main() -> int:
         processes.append(ProcessId.of(name, child.pid))
         lifeline.watch(processes[-1])
 
+    from seesaw_ds.worker.engine import StartUpTimer
     from seesaw_ds.worker.main import run_worker
-    from seesaw_ds.worker.setup import StartUpTimer
 
     timer = StartUpTimer({"imports": time.monotonic() - start})
     run_worker(run, run_id, lifeline, processes, timer)

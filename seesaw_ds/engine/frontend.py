@@ -182,6 +182,9 @@ class Frontend:
             self._timeline.add_counters(replica, time.monotonic(), fill, progress.num_running)
 
     def _on_worker(self, message: wire.WorkerTelemetry) -> None:
+        if isinstance(message, wire.StartingUp):
+            self._metrics.startup_part = message.part
+            return
         if isinstance(message, wire.StartUp):
             self._lifeline.watch(message.process)
             for part, seconds in message.seconds.items():

@@ -220,6 +220,12 @@ class Telemetry(msgspec.Struct, tag=True, frozen=True):
     counters: RankCounters
 
 
+class StartingUp(msgspec.Struct, tag=True, frozen=True):
+    """A part of start-up begins; the first rank says so for all."""
+
+    part: str
+
+
 class StartUp(msgspec.Struct, tag=True, frozen=True):
     """A worker is up; where its start-up time went, in seconds by part."""
 
@@ -227,4 +233,4 @@ class StartUp(msgspec.Struct, tag=True, frozen=True):
     seconds: dict[str, float]
 
 
-WorkerTelemetry = Telemetry | StartUp
+WorkerTelemetry = Telemetry | StartingUp | StartUp

@@ -48,6 +48,7 @@ class TorchBackends:
     device: torch.device
     ops: LayerOps
     has_graphs: bool = False
+    must_compile: bool = False
 
     def workspace_bytes(self, tp: int, max_num_seqs: int) -> int:
         return 0
@@ -68,6 +69,13 @@ class CudaBackends:
     device: torch.device
     ops: LayerOps
     has_graphs: bool
+
+    @property
+    def must_compile(self) -> bool:
+        from flashinfer.jit.env import FLASHINFER_JIT_DIR
+
+        is_ready = importlib.util.find_spec("flashinfer_jit_cache") is not None
+        return not is_ready and not any(FLASHINFER_JIT_DIR.glob("*/*.so"))
 
     def workspace_bytes(self, tp: int, max_num_seqs: int) -> int:
         from seesaw_ds.model.attention.flashinfer_backend import workspace_bytes
@@ -102,6 +110,10 @@ class Backends(Protocol):
 
     @property
     def has_graphs(self) -> bool: ...
+
+    @property
+    def must_compile(self) -> bool:
+        """Whether this machine has none of the library's kernels yet: they are compiled at their first use."""
 
     def workspace_bytes(self, tp: int, max_num_seqs: int) -> int:
         """Bytes of device memory, uint8, that a backend of either phase needs while a step runs."""

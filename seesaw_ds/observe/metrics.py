@@ -71,7 +71,7 @@ class RunMetrics:
     `num_total` is the number of requests in the input, None until it is known; `num_resumed` those that an earlier
     run had finished; `num_done` and `num_failed` those this run answered with a result and with an error.
     `prompt_tokens` and `output_tokens` belong to the requests done; `prefilled_tokens` and `decoded_tokens`
-    count work as it happens.
+    count work as it happens. `startup_part` is what start-up is at, once somebody has said.
     """
 
     def __init__(self, model: str, layouts: str, num_replicas: int, started: float) -> None:
@@ -79,6 +79,7 @@ class RunMetrics:
         self.layouts = layouts
         self.replicas = tuple(ReplicaMetrics(Activity.STARTUP, since=started) for _ in range(num_replicas))
         self.ranks: dict[int, RankCounters] = {}
+        self.startup_part: str | None = None
         self.startup_seconds: dict[str, float] = {}
         self.num_total: int | None = None
         self.num_resumed = 0

@@ -13,7 +13,7 @@ from typing import NamedTuple, TextIO
 
 from tqdm import tqdm
 
-from seesaw_ds.observe.metrics import RunMetrics
+from seesaw_ds.observe.metrics import Activity, RunMetrics
 
 _BAR_INTERVAL_SECONDS = 0.1
 _WINDOW_SECONDS = 10.0
@@ -144,6 +144,8 @@ def describe(metrics: RunMetrics, prefill_rate: float, decode_rate: float, now: 
     What the replicas do, time left, tokens per second of each phase, host-pool fill, transitions.
     """
     activities = "+".join(dict.fromkeys(state.activity.value for state in metrics.replicas))
+    if activities == Activity.STARTUP.value and metrics.startup_part is not None:
+        activities = f"{activities}: {metrics.startup_part}"
     parts = [
         activities,
         f"ETA {_format_seconds(estimate_seconds_left(metrics, now))}",

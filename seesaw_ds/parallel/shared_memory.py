@@ -14,7 +14,8 @@ import math
 import mmap
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -169,17 +170,44 @@ def share_mapping(
     within the first 64 GiB. A group whose first rank is the same uses `name` once. Raises UserError when the memory
     is refused.
     """
+    return begin_mapping(name, nbytes, group, device, unit_bytes).end()
+
+
+def begin_mapping(
+    name: str, nbytes: int, group: ProcessGroup, device: torch.device, unit_bytes: int = 1
+) -> BegunMapping:
+    """Begin `share_mapping`: on CUDA the memory is populated beside what this process does until `end`."""
     first = dist.get_process_group_ranks(group)[0]
     name = f"{name}-{first}"
     store = dist.distributed_c10d._get_default_store()
     is_first = dist.get_rank() == first
     mapping = NodeSharedMapping.create(name, nbytes, store) if is_first else NodeSharedMapping.attach(name, store)
-    if is_cuda(device):
-        if is_first:
-            mapping.populate()
-        dist.barrier(group=group)
-        mapping.register_for_dma(unit_bytes)
-    return mapping
+    populated = None
+    if is_cuda(device) and is_first:
+        thread = ThreadPoolExecutor(1)
+        populated = thread.submit(mapping.populate)
+        thread.shutdown(wait=False)
+    return BegunMapping(mapping, populated, group, device, unit_bytes)
+
+
+@dataclass(frozen=True)
+class BegunMapping:
+    """A mapping that all ranks of `group` have, and that one of them may still populate."""
+
+    mapping: NodeSharedMapping
+    populated: Future[None] | None
+    group: ProcessGroup
+    device: torch.device
+    unit_bytes: int
+
+    def end(self) -> NodeSharedMapping:
+        """Wait until it is populated, and lock it. Collective; raises UserError when the memory is refused."""
+        if is_cuda(self.device):
+            if self.populated is not None:
+                self.populated.result()
+            dist.barrier(group=self.group)
+            self.mapping.register_for_dma(self.unit_bytes)
+        return self.mapping
 
 
 def _madvise(address: int, size: int, advice: int) -> int:

@@ -10,10 +10,12 @@ import torch.distributed as dist
 
 from seesaw_ds.config import RunConfig
 from seesaw_ds.engine.lifeline import Lifeline
+from seesaw_ds.engine.messages import StartingUp
 from seesaw_ds.engine.process_id import ProcessId
 from seesaw_ds.errors import UserError
+from seesaw_ds.worker.engine import StartUpTimer
 from seesaw_ds.worker.reports import Reporter
-from seesaw_ds.worker.setup import StartUpTimer, build_engine, init_distributed
+from seesaw_ds.worker.setup import build_engine, init_distributed
 from seesaw_ds.worker.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -29,8 +31,10 @@ def run_worker(
             init_distributed()
         rank = dist.get_rank()
         _watch_everybody(lifeline, processes)
-        engine = build_engine(run, timer)
         reporter = Reporter(run_id, rank // run.layout_pair.replica_size)
+        if rank == 0:
+            timer.on_part = lambda part: reporter.telemetry(StartingUp(part))
+        engine = build_engine(run, timer)
         Worker(engine, run_id, reporter, lifeline, is_traced=run.timeline is not None).run(timer)
         if dist.get_backend() == "gloo":
             dist.destroy_process_group()  # NCCL would wait here for graphs that hold its communicators

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -23,21 +19,19 @@ from seesaw_ds.layout import Phase, Shard
 from seesaw_ds.model.attention.interface import AttentionBackend
 from seesaw_ds.model.backends import choose_backends
 from seesaw_ds.model.build import build_stages
-from seesaw_ds.model.decoder import DecoderStage
 from seesaw_ds.model.rope import ModelRotation
 from seesaw_ds.parallel import device as devices
 from seesaw_ds.parallel.all_reduce import AllReduce, BackendAllReduce, choose_all_reduce
 from seesaw_ds.parallel.groups import ParallelState
 from seesaw_ds.parallel.links import PipelineLink
-from seesaw_ds.parallel.shared_memory import share_mapping
+from seesaw_ds.parallel.shared_memory import begin_mapping
 from seesaw_ds.parallel.transport import BackendTransport, Transport, choose_transport
-from seesaw_ds.plan.memory import PoolSizes, size_pools
-from seesaw_ds.reshard.arena import PlacedCells
+from seesaw_ds.plan.memory import size_pools
 from seesaw_ds.reshard.exchange import EXCHANGE_SCRATCH_BYTES
-from seesaw_ds.reshard.plan import WeightReshard
 from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.shapes import model_shape, read_hf_config
 from seesaw_ds.worker.decode import DecodeRunner
+from seesaw_ds.worker.engine import Engine, StartUpTimer
 from seesaw_ds.worker.graphs import EagerExecutor, GraphExecutor, GraphPool, StepExecutor, graph_sizes
 from seesaw_ds.worker.memory import StepBytes, check_kv_blocks, log_memory_in_use, measure_kv_blocks, peak_bytes
 from seesaw_ds.worker.prefill import PrefillRunner
@@ -46,51 +40,6 @@ from seesaw_ds.worker.warmup import warm_up_blocks, warm_up_prefill
 from seesaw_ds.worker.weights import load_weights
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class StartUpTimer:
-    """Seconds that each named part of start-up took."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        start = time.monotonic()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
-
-
-@dataclass
-class Engine:
-    """All that a worker runs on. `decode` has a runner for each phase in which there are decode steps."""
-
-    state: ParallelState
-    stages: dict[Phase, DecoderStage]
-    layers: PlacedCells
-    tables: PlacedCells
-    reshard: WeightReshard
-    pools: dict[Phase, DeviceKVPool]
-    kv_exchange: KVExchange
-    host_pool: HostKVPool
-    slots: DecodingSlots
-    prefill: PrefillRunner
-    decode: dict[Phase, DecodeRunner]
-    feedback: dict[Phase, TokenFeedback]
-    links: tuple[PipelineLink, ...]
-    pool_sizes: PoolSizes
-
-    def drain(self) -> None:
-        """Complete every transfer of the pipelines: the last steps' tokens are sent only when somebody receives."""
-        for feedback in self.feedback.values():
-            feedback.read_all()
-        for link in self.links:
-            link.drain()
-
-    def close(self) -> None:
-        """Give back host memory. `drain` comes first."""
-        self.reshard.close()
-        self.host_pool.close()
 
 
 def init_distributed() -> None:
@@ -112,12 +61,14 @@ def build_engine(run: RunConfig, timer: StartUpTimer) -> Engine:
     """
     builder = _EngineBuilder(run, timer)
     with timer.part("weights"):
+        builder.begin_host_pool()
         builder.load_weights()
-    with timer.part("kv pools"):
-        builder.make_host_pool()
     with timer.part("warm-up"):
         builder.make_prefill()
         builder.warm_up()
+    with timer.part("host pool"):
+        builder.end_host_pool()
+    with timer.part("KV and graphs"):
         builder.make_decode()
     return builder.engine()
 
@@ -209,9 +160,10 @@ class _EngineBuilder:
             self._device,
         )
 
-    def make_host_pool(self) -> None:
+    def begin_host_pool(self) -> None:
+        """Its pages are provided while weights load and kernels warm up: that takes a third of a second a GiB."""
         run, shape = self._run, self._shape
-        layout = HostBlockLayout(
+        self._host_layout = HostBlockLayout(
             self._layouts,
             shape.num_layers,
             shape.num_kv_heads,
@@ -219,9 +171,14 @@ class _EngineBuilder:
             shape.head_dim,
             self._dtype.itemsize,
         )
-        num_bytes = layout.row_bytes * self._sizes.num_host_blocks
-        mapping = share_mapping("kv", num_bytes, self._state.replica, self._device, layout.row_bytes)
-        self._host_pool = HostKVPool(mapping, layout, self._sizes.num_host_blocks, self._dtype)
+        row_bytes = self._host_layout.row_bytes
+        num_bytes = row_bytes * self._sizes.num_host_blocks
+        self._host_mapping = begin_mapping("kv", num_bytes, self._state.replica, self._device, row_bytes)
+
+    def end_host_pool(self) -> None:
+        """Before memory is measured: CUDA's tables of locked pages take some of the device's."""
+        mapping = self._host_mapping.end()
+        self._host_pool = HostKVPool(mapping, self._host_layout, self._sizes.num_host_blocks, self._dtype)
 
     def make_prefill(self) -> None:
         self._prefill = PrefillRunner(
@@ -241,6 +198,8 @@ class _EngineBuilder:
         """
         if not devices.is_cuda(self._device):
             return
+        if dist.get_rank() == 0 and self._backends.must_compile:
+            logger.info("FlashInfer compiles its kernels for this device, once a machine: that takes minutes")
         pools = self._pools(warm_up_blocks(self._run, self._longest))
         self._prefill.attach(pools[Phase.PREFILL])
         self._step_bytes = StepBytes(

@@ -32,8 +32,8 @@ from seesaw_ds.observe.metrics import RankCounters
 from seesaw_ds.observe.timeline import SpanRecorder, Track
 from seesaw_ds.parallel import device as devices
 from seesaw_ds.requests import SequenceRequest
+from seesaw_ds.worker.engine import Engine, StartUpTimer
 from seesaw_ds.worker.reports import Reporter
-from seesaw_ds.worker.setup import Engine, StartUpTimer
 from seesaw_ds.worker.steps import StepReporter
 
 TELEMETRY_SECONDS = 0.5

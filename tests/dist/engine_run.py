@@ -34,7 +34,8 @@ from seesaw_ds.engine.scheduler_process import SchedulerProcess
 from seesaw_ds.requests import SequenceRequest, SequenceResult
 from seesaw_ds.sched.stats import SchedulerStats
 from seesaw_ds.worker.reports import Reporter
-from seesaw_ds.worker.setup import Engine, StartUpTimer, build_engine
+from seesaw_ds.worker.engine import Engine, StartUpTimer
+from seesaw_ds.worker.setup import build_engine
 from seesaw_ds.worker.worker import Worker
 
 

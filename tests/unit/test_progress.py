@@ -164,6 +164,15 @@ def test_description_names_failures_and_different_activities():
     assert text == ("decode+prefill | 1 failed | ETA ? | prefill 1,234 decode 56 tok/s | host KV 0% | 1 transitions")
 
 
+def test_line_says_what_start_up_is_at_and_only_then():
+    metrics = RunMetrics("m", "P2->T2", num_replicas=2, started=0.0)
+    assert describe(metrics, 0, 0, now=1.0).startswith("startup | ")
+    metrics.startup_part = "weights"
+    assert describe(metrics, 0, 0, now=1.0).startswith("startup: weights | ")
+    metrics.enter(0, Activity.PREFILL, at=2.0)
+    assert describe(metrics, 0, 0, now=3.0).startswith("prefill+startup | ")
+
+
 def test_time_left_counts_from_ready_and_only_what_this_run_did(metrics):
     assert estimate_seconds_left(metrics, now=10.0) is None
     metrics.num_total = 100
