@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from seesaw_ds.layout import Phase
 from seesaw_ds.requests import FinishReason
+from seesaw_ds.sched.blocks import blocks_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,22 @@ class SchedulerLimits:
     def may_stay(self) -> bool:
         """Whether sequences could decode on in the prefill layout, another than that of decode, once prefill stops."""
         return self.mixes_steps and not self.is_static
+
+    def check_fits(self, spec: SequenceSpec) -> None:
+        """Raise ValueError when a sequence could never run with these pools."""
+        if spec.num_prompt_tokens < 1 or spec.max_tokens < 1:
+            raise ValueError(
+                f"seq_id={spec.seq_id}: num_prompt_tokens={spec.num_prompt_tokens} and "
+                f"max_tokens={spec.max_tokens} must both be at least 1"
+            )
+        peak = blocks_for(spec.num_prompt_tokens + spec.max_tokens - 1, self.block_size)
+        for name, available in (("num_gpu_blocks", self.num_gpu_blocks), ("num_host_blocks", self.num_host_blocks)):
+            if peak > available:
+                raise ValueError(
+                    f"seq_id={spec.seq_id}: {spec.num_prompt_tokens} prompt tokens and max_tokens={spec.max_tokens} "
+                    f"need {peak} blocks of {self.block_size}, but {name}={available}; "
+                    "give the pool more memory, or shorten the request"
+                )
 
 
 @dataclass(frozen=True, slots=True)

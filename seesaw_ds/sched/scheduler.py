@@ -94,7 +94,7 @@ class Scheduler:
             raise RuntimeError(f"seq_id={spec.seq_id}: the input is closed")
         if spec.seq_id in self._prefill or spec.seq_id in self._pools.owners:
             raise ValueError(f"seq_id={spec.seq_id}: already scheduled; give each sequence an id of its own")
-        self._check_size(spec)
+        self.limits.check_fits(spec)
         self._prefill.add(Sequence(spec, order=self._num_added, block_size=self.limits.block_size))
         self._num_added += 1
 
@@ -125,25 +125,6 @@ class Scheduler:
         """Whether the input is closed, every sequence has ended and nothing is in flight."""
         idle = not self._is_switching and not self._pools.owners
         return self._prefill.is_input_closed and idle and self._prefill.num_waiting == 0
-
-    def _check_size(self, spec: SequenceSpec) -> None:
-        if spec.num_prompt_tokens < 1 or spec.max_tokens < 1:
-            raise ValueError(
-                f"seq_id={spec.seq_id}: num_prompt_tokens={spec.num_prompt_tokens} and "
-                f"max_tokens={spec.max_tokens} must both be at least 1"
-            )
-        limits = self.limits
-        peak = blocks_for(spec.num_prompt_tokens + spec.max_tokens - 1, limits.block_size)
-        for name, available in (
-            ("num_gpu_blocks", limits.num_gpu_blocks),
-            ("num_host_blocks", limits.num_host_blocks),
-        ):
-            if peak > available:
-                raise ValueError(
-                    f"seq_id={spec.seq_id}: {spec.num_prompt_tokens} prompt tokens and max_tokens={spec.max_tokens} "
-                    f"need {peak} blocks of {limits.block_size}, but {name}={available}; "
-                    "give the pool more memory, or shorten the request"
-                )
 
     # Actions
 
