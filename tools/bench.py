@@ -4,7 +4,9 @@
 
 Every run is ``deepspeed launch/run.py`` over a batch file of random token ids whose outputs run to their length, so the
 figures hold for the engine as users start it. `elapsed_time` is from the first scheduled prompt to the last result,
-as vLLM's ``bench throughput`` counts it; start-up is apart.
+as vLLM's ``bench throughput`` counts it; start-up is apart. Seconds of prefill and decode are those of their steps.
+With ``--hardware`` each row is followed by what the planner's simulator predicts for it, and by how much more was
+measured.
 """
 
 from __future__ import annotations
@@ -19,9 +21,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from seesaw_ds.config import dtype_name, parse_config
+from seesaw_ds.engine.hardware import find_hardware
 from seesaw_ds.errors import exit_with
 from seesaw_ds.layout import LayoutPair
+from seesaw_ds.plan.candidates import scheduler_limits
+from seesaw_ds.plan.hardware import HardwareProfile
+from seesaw_ds.plan.memory import size_pools
 from seesaw_ds.plan.roofline import Machine, Utilisation, roofline_seconds, utilisation
+from seesaw_ds.plan.simulator import Simulator
 from seesaw_ds.plan.workloads import RequestLength, parse_workload, workload_lengths
 from seesaw_ds.shapes import ModelShape, model_shape
 
@@ -40,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an engine setting; repeatable")
     parser.add_argument("--peak-tflops", type=float, default=750.0, help="of one device: what large products reach")
     parser.add_argument("--hbm-gbps", type=float, default=4300.0, help="memory bandwidth of one device, GB/s")
+    parser.add_argument("--hardware", help="a profile of configs/hardware, or a YAML file: predict each run from it")
     parser.add_argument("--keep-going", action="store_true", help="go on with the next layout when one fails")
     return parser.parse_args()
 
@@ -84,12 +93,8 @@ def write_input(path: Path, lengths: list[RequestLength], vocab_size: int) -> No
             file.write(json.dumps(line) + "\n")
 
 
-def run_engine(
-    arguments: argparse.Namespace, model: Path, batch: Path, longest: int, layouts: str, out: Path
-) -> dict[str, Any]:
-    """One run of the engine; its summary. Raises RuntimeError with the log's end when it fails."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+def run_settings(changes: list[str], model: Path, longest: int, layouts: str, out: Path) -> dict[str, Any]:
+    """The engine's settings of one run, changed by KEY=VALUE `changes`; it writes to the folder `out`."""
     settings = {
         "model": str(model),
         "load_format": "dummy",
@@ -98,9 +103,17 @@ def run_engine(
         "gpu_memory_utilization": 0.92,
         "timeline": str(out / "timeline.json"),
     }
-    settings |= dict(setting.split("=", 1) for setting in arguments.set)
+    settings |= dict(change.split("=", 1) for change in changes)
+    return {key: _number(value) for key, value in settings.items()}
+
+
+def run_engine(settings: dict[str, Any], batch: Path, out: Path) -> dict[str, Any]:
+    """One run of the engine; its summary. Raises RuntimeError with the log's end when it fails."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
     config = out / "config.yaml"
-    config.write_text(json.dumps({key: _number(value) for key, value in settings.items()}))
+    config.write_text(json.dumps(settings))
+    layouts = settings["layouts"]
     world_size = LayoutPair.parse(layouts).world_size
     command = ["deepspeed", "--num_gpus", str(world_size), str(ROOT / "launch" / "run.py"), "--config", str(config)]
     command += ["--input", str(batch), "--output", str(out / "results.jsonl"), "--overwrite"]
@@ -111,6 +124,39 @@ def run_engine(
         raise RuntimeError(f"layouts {layouts}: exit code {code}; the end of {out / 'log.txt'}:\n{tail}")
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
     return summary
+
+
+def predict(
+    settings: dict[str, Any], shape: ModelShape, lengths: list[RequestLength], hardware: HardwareProfile
+) -> dict[str, Any]:
+    """What the simulator says of a run with these settings on `hardware`; seconds by part as `compared` names them."""
+    run = parse_config({**settings, "input": "batch.jsonl", "output": "results.jsonl"})
+    pools = size_pools(run, shape, hardware.memory_bytes, hardware.runtime_bytes)
+    simulated = Simulator(
+        shape,
+        hardware,
+        run.layout_pair,
+        scheduler_limits(run, pools),
+        dtype_name(run, shape),
+        run.weight_reshard,
+        stays=run.hardware is not None,
+    ).run(lengths)
+    return {
+        "hardware": hardware.name,
+        "requests_per_second": round(simulated.requests_per_second, 4),
+        "prefill": round(simulated.prefill_seconds, 3),
+        "decode": round(simulated.decode_seconds, 3),
+        "transition": round(simulated.transition_seconds, 3),
+    }
+
+
+def compared(row: dict[str, Any]) -> dict[str, float]:
+    """The measured figures of a row that a prediction has too."""
+    return {
+        "requests_per_second": row["requests_per_second"],
+        **row["step_seconds"],
+        "transition": row["phase_seconds"]["transition"],
+    }
 
 
 def _number(value: Any) -> Any:
@@ -124,14 +170,14 @@ def figures(
     summary: dict[str, Any], shape: ModelShape, lengths: list[RequestLength], machine: Machine, world_size: int
 ) -> dict[str, Any]:
     """The summary with utilisation of each phase and the ratio to the roofline."""
-    phases = summary["phase_seconds"]
+    steps = summary["step_seconds"]
     used: Utilisation = utilisation(
         shape,
         lengths,
         machine,
         world_size,
-        phases["prefill"],
-        phases["decode"],
+        steps["prefill"],
+        steps["decode"],
         summary["decode_steps"],
         summary["decode_rows"],
     )
@@ -156,14 +202,30 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         if "error" in row:
             print(f"{row['workload']:<16}{row['layouts']:<{width}}failed: {row['error'].splitlines()[0]}")
             continue
-        phases = row["phase_seconds"]
+        phases, steps = row["phase_seconds"], row["step_seconds"]
         print(
             f"{row['workload']:<16}{row['layouts']:<{width}}{row['requests_per_second']:>8.3f}"
-            f"{row['tokens_per_second']:>9.0f}{phases['prefill']:>10.2f}{phases['decode']:>9.2f}{phases['transition']:>9.2f}{row['transitions']:>9}"
+            f"{row['tokens_per_second']:>9.0f}{steps['prefill']:>10.2f}{steps['decode']:>9.2f}"
+            f"{phases['transition']:>9.2f}{row['transitions']:>9}"
             f"{row['evictions']:>6}{100 * row['prefill_mfu']:>7.1f}{100 * row['decode_hbm_utilisation']:>7.1f}"
             f"{100 * row['roofline_ratio']:>11.1f}{phases['startup']:>8.1f}",
             flush=True,
         )
+        if "predicted" in row:
+            _print_prediction(row["predicted"], compared(row), width)
+
+
+def _print_prediction(predicted: dict[str, Any], measured: dict[str, float], width: int) -> None:
+    """Two lines under a row: the prediction, and how much more was measured than predicted."""
+    columns = {"requests_per_second": 8, "prefill": 19, "decode": 9, "transition": 9}
+    digits = {"requests_per_second": 3}
+    values = "".join(f"{predicted[name]:>{size}.{digits.get(name, 2)}f}" for name, size in columns.items())
+    print(f"{'  predicted':<16}{predicted['hardware']:<{width}}{values}")
+    changes = "".join(
+        f"{measured[name] / predicted[name] - 1:>+{size}.1%}" if predicted[name] else " " * size
+        for name, size in columns.items()
+    )
+    print(f"{'  measured':<16}{'':<{width}}{changes}", flush=True)
 
 
 def main() -> int:
@@ -174,15 +236,19 @@ def main() -> int:
     longest = max(sum(length) for lengths in workloads.values() for length in lengths)
     shape = make_model_folder(model, arguments.model_shape, longest)
     machine = Machine(arguments.peak_tflops * 1e12, arguments.hbm_gbps * 1e9)
+    hardware = find_hardware(arguments.hardware) if arguments.hardware is not None else None
     rows = []
     for workload, lengths in workloads.items():
         batch = arguments.out / f"{workload.replace(':', '-')}.jsonl"
         write_input(batch, lengths, shape.vocab_size)
         for layouts in arguments.layouts:
-            run = {"workload": workload, "layouts": layouts, "model_shape": arguments.model_shape}
+            run: dict[str, Any] = {"workload": workload, "layouts": layouts, "model_shape": arguments.model_shape}
             folder = arguments.out / f"{workload.replace(':', '-')}-{layouts.replace('->', '-to-')}"
+            settings = run_settings(arguments.set, model, longest, layouts, folder)
+            if hardware is not None:
+                run["predicted"] = predict(settings, shape, lengths, hardware)
             try:
-                summary = run_engine(arguments, model, batch, longest, layouts, folder)
+                summary = run_engine(settings, batch, folder)
                 world_size = LayoutPair.parse(layouts).world_size
                 rows.append({**figures(summary, shape, lengths, machine, world_size), **run})
             except RuntimeError as error:

@@ -37,7 +37,8 @@ class RankCounters:
 
     `reshard_seconds` are of transitions, in which the rank received `weight_bytes` of weights and `kv_exchange_bytes`
     of KV that stays on the devices; `kv_out_bytes` and `kv_in_bytes` are what it copied to and from the host pool.
-    `peak_host_bytes` is the resident memory of its process.
+    `peak_host_bytes` is the resident memory of its process. `prefill_step_seconds` and `decode_step_seconds` are of its
+    micro-batches and its decode steps, from their first kernel to their last, waits for other stages included.
     """
 
     reshard_seconds: float = 0.0
@@ -47,6 +48,8 @@ class RankCounters:
     kv_in_bytes: int = 0
     peak_device_bytes: int = 0
     peak_host_bytes: int = 0
+    prefill_step_seconds: float = 0.0
+    decode_step_seconds: float = 0.0
 
 
 @dataclass(slots=True)

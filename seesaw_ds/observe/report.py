@@ -18,9 +18,11 @@ def summary(metrics: RunMetrics) -> dict[str, Any]:
     The first five keys are those of `vllm bench throughput`. `elapsed_time` runs from the end of the start-up to the
     end of the run; `num_requests` are the requests that this run answered with a result, and rates count only these.
     `num_failed` are those answered with an error, `resumed` those that an earlier run had finished. `phase_seconds`
-    are means over replicas. `reshard.seconds` is the least of any rank's, for the others wait
-    in the exchange for the last to come; bytes are sums over ranks. `layout_changes` are choices of a layout to decode
-    in that differ from the plan's, by what the run had measured. Raises RuntimeError before `RunMetrics.finish`.
+    are means over replicas. `step_seconds` are of the micro-batches and of the decode steps, on the rank that has
+    most: with one layout for both phases both kinds are in phase "prefill". `reshard.seconds` is the least of any
+    rank's, for the others wait in the exchange for the last to come; bytes are sums over ranks. `layout_changes` are
+    choices of a layout to decode in that differ from the plan's, by what the run had measured. Raises RuntimeError
+    before `RunMetrics.finish`.
     """
     if metrics.finished is None:
         raise RuntimeError("the run has not finished: call RunMetrics.finish first")
@@ -43,6 +45,10 @@ def summary(metrics: RunMetrics) -> dict[str, Any]:
         "prompt_tokens_per_second": per_second(metrics.prompt_tokens),
         "output_tokens_per_second": per_second(metrics.output_tokens),
         "phase_seconds": {activity.value: round(metrics.activity_seconds(activity), 6) for activity in Activity},
+        "step_seconds": {
+            "prefill": round(max((rank.prefill_step_seconds for rank in ranks), default=0.0), 6),
+            "decode": round(max((rank.decode_step_seconds for rank in ranks), default=0.0), 6),
+        },
         "startup_seconds": {part: round(seconds, 6) for part, seconds in metrics.startup_seconds.items()},
         "transitions": metrics.num_transitions,
         "evictions": metrics.num_evictions,
@@ -116,12 +122,11 @@ def _phase_rows(figures: dict[str, Any]) -> list[_Row]:
     rows: list[_Row] = []
     for name, seconds in figures["phase_seconds"].items():
         row: _Row = (name, f"{seconds:,.2f}", "s")
-        # Start-up is not a part of the elapsed time.
-        if name != Activity.STARTUP.value and elapsed > 0:
-            row = (*row, f"{100 * seconds / elapsed:,.1f}", "%")
-        rows.append(row)
-    rows += [(f"  {part}", f"{seconds:,.2f}", "s") for part, seconds in figures["startup_seconds"].items()]
-    return rows
+        if name == Activity.STARTUP.value:  # not a part of the elapsed time
+            rows += [row, *((f"  {part}", f"{time:,.2f}", "s") for part, time in figures["startup_seconds"].items())]
+        else:
+            rows.append((*row, f"{100 * seconds / elapsed:,.1f}", "%") if elapsed > 0 else row)
+    return rows + [(f"{kind} steps", f"{seconds:,.2f}", "s") for kind, seconds in figures["step_seconds"].items()]
 
 
 def _movement_rows(figures: dict[str, Any]) -> list[_Row]:

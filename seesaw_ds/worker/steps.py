@@ -35,7 +35,7 @@ class StepRecord:
 
 
 class StepReporter:
-    """Follows steps from their first kernel to their tokens' arrival."""
+    """Follows steps from their first kernel to their tokens' arrival. `seconds` adds up what they took, by name."""
 
     def __init__(
         self, reporter: Reporter, spans: SpanRecorder, device: torch.device, on_error: Callable[[BaseException], None]
@@ -45,6 +45,7 @@ class StepReporter:
         self._device = device
         self._on_error = on_error
         self._is_cuda = devices.is_cuda(device)
+        self.seconds: dict[str, float] = {}
         self._queue: queue.SimpleQueue = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="step reporter", daemon=True)
         if self._is_cuda:
@@ -63,7 +64,7 @@ class StepReporter:
         start = time.monotonic()
         yield record
         if not self._is_cuda:
-            self._spans.add(Track.COMPUTE, name, start, time.monotonic(), step=step_id, **args)
+            self._add_span(record, start, time.monotonic())
             self._answer(record, record.sampled.to_host() if record.sampled is not None else [])
             return
         host = None
@@ -88,7 +89,11 @@ class StepReporter:
         end = start + start_event.elapsed_time(end_event) / 1000
         # From event to event: the difference of two close ones is exact, of two hours apart it is not.
         self._last_event, self._last_time = end_event, end
+        self._add_span(record, start, end)
+
+    def _add_span(self, record: StepRecord, start: float, end: float) -> None:
         self._spans.add(Track.COMPUTE, record.name, start, end, step=record.step_id, **record.args)
+        self.seconds[record.name] = self.seconds.get(record.name, 0.0) + end - start
 
     def _answer(self, record: StepRecord, rows: list) -> None:
         if not record.answers:

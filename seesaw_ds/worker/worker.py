@@ -199,6 +199,8 @@ class Worker:
             kv_in_bytes=self._copied_bytes[Track.SWAP_IN],
             peak_device_bytes=accelerator.max_memory_allocated() if devices.is_cuda(self._device) else 0,
             peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            prefill_step_seconds=self._steps.seconds.get("prefill", 0.0),
+            decode_step_seconds=self._steps.seconds.get("decode", 0.0),
         )
         self._reporter.telemetry(wire.Telemetry(self._rank, self._spans.drain(), counters))
 

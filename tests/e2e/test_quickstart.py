@@ -14,8 +14,8 @@ RANK_TRACKS = {"compute", "swap-out", "swap-in", "re-shard", "wait"}
 SUMMARY_KEYS = [
     "elapsed_time", "num_requests", "total_num_tokens", "requests_per_second", "tokens_per_second", "num_failed",
     "resumed", "prompt_tokens", "output_tokens", "prompt_tokens_per_second", "output_tokens_per_second",
-    "phase_seconds", "startup_seconds", "transitions", "evictions", "layout_changes", "decode_steps", "decode_rows",
-    "reshard", "peak_memory_bytes", "layouts", "model",
+    "phase_seconds", "step_seconds", "startup_seconds", "transitions", "evictions", "layout_changes", "decode_steps",
+    "decode_rows", "reshard", "peak_memory_bytes", "layouts", "model",
 ]  # fmt: skip
 
 

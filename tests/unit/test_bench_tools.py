@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import figures, make_model_folder, random_prompts, write_input
+from bench import figures, make_model_folder, predict, print_table, random_prompts, run_settings, write_input
 from seesaw_ds.errors import UserError
+from seesaw_ds.plan.hardware import load_hardware
 from seesaw_ds.plan.roofline import Machine, prefill_flops, roofline_seconds
 from seesaw_ds.plan.workloads import RequestLength, parse_workload, workload_lengths
 
@@ -69,13 +70,8 @@ def test_figures_relate_a_run_to_the_machine(tmp_path: Path):
     shape = make_model_folder(tmp_path / "model", "llama3-8b", 100)
     lengths = [RequestLength(1000, 11)] * 4
     floor = roofline_seconds(shape, lengths, MACHINE, 2)
-    seconds = {
-        "prefill": 2 * 4 * prefill_flops(shape, 1000) / 1500e12,
-        "decode": 1.0,
-        "transition": 0.0,
-        "startup": 1.0,
-    }
-    summary = {"elapsed_time": 2 * floor, "phase_seconds": seconds, "decode_steps": 10, "decode_rows": 40}
+    seconds = {"prefill": 2 * 4 * prefill_flops(shape, 1000) / 1500e12, "decode": 1.0}
+    summary = {"elapsed_time": 2 * floor, "step_seconds": seconds, "decode_steps": 10, "decode_rows": 40}
     row = figures(summary, shape, lengths, MACHINE, 2)
     assert row["prefill_mfu"] == pytest.approx(0.5, abs=1e-3)
     # Ten steps read the weights ten times; four sequences of about 1,005 tokens are read at each.
@@ -85,6 +81,28 @@ def test_figures_relate_a_run_to_the_machine(tmp_path: Path):
     assert row["decode_hbm_utilisation"] == pytest.approx(expected, abs=1e-4)
     assert row["roofline_ratio"] == pytest.approx(0.5, abs=1e-3)
     assert row["roofline_requests_per_second"] == pytest.approx(4 / floor, rel=1e-3)
+
+
+@pytest.mark.parametrize("layouts", ["P2->T2", "T2"])
+def test_predictions_stand_beside_what_was_measured(tmp_path: Path, capsys, layouts: str):
+    shape = make_model_folder(tmp_path / "model", "llama3-8b", 1000)
+    lengths = [RequestLength(500, 50)] * 20
+    settings = run_settings(["max_num_seqs=20", "kv_offloading_size=1"], tmp_path / "model", 1000, layouts, tmp_path)
+    predicted = predict(settings, shape, lengths, load_hardware(ROOT / "configs/hardware/h100.yaml"))
+    parts = [predicted[part] for part in ("prefill", "decode", "transition")]
+    assert sum(parts) == pytest.approx(20 / predicted["requests_per_second"], rel=0.02)
+    assert min(parts[:2]) > 0 and (parts[2] > 0) == (layouts == "P2->T2")
+    row = {
+        "workload": "500x50:20", "layouts": layouts, "requests_per_second": 0.9 * predicted["requests_per_second"],
+        "tokens_per_second": 1.0, "step_seconds": {"prefill": 1.25 * parts[0], "decode": parts[1]},
+        "phase_seconds": {"transition": 1.1 * parts[2], "startup": 3.0}, "transitions": 1, "evictions": 0,
+        "prefill_mfu": 0.5, "decode_hbm_utilisation": 0.5, "roofline_ratio": 0.5, "predicted": predicted,
+    }  # fmt: skip
+    print_table([row])
+    *_, values, changes = capsys.readouterr().out.splitlines()
+    assert values.split()[:2] == ["predicted", "h100"]
+    expected = ["measured", "-10.0%", "+25.0%", "+0.0%", "+10.0%"]
+    assert changes.split() == expected[: len(expected) - (layouts == "T2")]
 
 
 def test_comparing_without_vllm_says_so(tmp_path: Path):

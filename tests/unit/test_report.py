@@ -23,9 +23,9 @@ def finished_metrics():
     metrics.set_evictions(0, 3)
     metrics.set_layout_changes(0, 1)
     metrics.set_decode_steps(0, 12, 300)
-    metrics.set_rank(1, RankCounters(0.5, GIB, GIB // 2, 2 * GIB, GIB, 8 * GIB, GIB))
+    metrics.set_rank(1, RankCounters(0.5, GIB, GIB // 2, 2 * GIB, GIB, 8 * GIB, GIB, 3.5, 4.25))
     metrics.set_rank(0, RankCounters(0.75, 9, 9, 9, 9, 9, 9))
-    metrics.set_rank(0, RankCounters(1.0, GIB, GIB // 2, 2 * GIB, 3 * GIB, 10 * GIB, GIB // 2))
+    metrics.set_rank(0, RankCounters(1.0, GIB, GIB // 2, 2 * GIB, 3 * GIB, 10 * GIB, GIB // 2, 3.75, 4.0))
     metrics.finish(12.0)
     return metrics
 
@@ -44,6 +44,7 @@ def test_summary():
         "prompt_tokens_per_second": 150.0,
         "output_tokens_per_second": 10.0,
         "phase_seconds": {"startup": 2.0, "prefill": 4.0, "decode": 5.0, "transition": 1.0},
+        "step_seconds": {"prefill": 3.75, "decode": 4.25},
         "startup_seconds": {"load weights": 1.5},
         "transitions": 1,
         "evictions": 3,
@@ -109,10 +110,12 @@ def test_table():
         "  all tokens                 1,600 tok    160.00 tok/s",
         "  elapsed                    10.00 s",
         "  startup                     2.00 s",
+        "    load weights              1.50 s",
         "  prefill                     4.00 s        40.0 %",
         "  decode                      5.00 s        50.0 %",
         "  transition                  1.00 s        10.0 %",
-        "    load weights              1.50 s",
+        "  prefill steps               3.75 s",
+        "  decode steps                4.25 s",
         "  transitions                    1",
         "  evictions                      3",
         "  re-shard                   3.000 GiB      0.50 s",
