@@ -48,7 +48,9 @@ class TorchBackends:
     device: torch.device
     ops: LayerOps
     has_graphs: bool = False
-    must_compile: bool = False
+
+    def compile_kernels(self) -> None:
+        pass
 
     def workspace_bytes(self, tp: int, max_num_seqs: int) -> int:
         return 0
@@ -70,12 +72,11 @@ class CudaBackends:
     ops: LayerOps
     has_graphs: bool
 
-    @property
-    def must_compile(self) -> bool:
-        from flashinfer.jit.env import FLASHINFER_JIT_DIR
+    def compile_kernels(self) -> None:
+        from seesaw_ds.model.kernel_library import compile_kernels, needed_kernels
 
-        is_ready = importlib.util.find_spec("flashinfer_jit_cache") is not None
-        return not is_ready and not any(FLASHINFER_JIT_DIR.glob("*/*.so"))
+        activation = self.shape.family.activation
+        compile_kernels(needed_kernels(_rules(self.shape), self.shape.head_dim, self.dtype, activation, self.device))
 
     def workspace_bytes(self, tp: int, max_num_seqs: int) -> int:
         from seesaw_ds.model.attention.flashinfer_backend import workspace_bytes
@@ -111,9 +112,8 @@ class Backends(Protocol):
     @property
     def has_graphs(self) -> bool: ...
 
-    @property
-    def must_compile(self) -> bool:
-        """Whether this machine has none of the library's kernels yet: they are compiled at their first use."""
+    def compile_kernels(self) -> None:
+        """Compile what the machine lacks of the library's kernels. For one process of a node, while the others wait."""
 
     def workspace_bytes(self, tp: int, max_num_seqs: int) -> int:
         """Bytes of device memory, uint8, that a backend of either phase needs while a step runs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
+import datetime
 import os
 
 import torch
@@ -39,7 +39,8 @@ from seesaw_ds.worker.slots import DecodingSlots, TokenFeedback
 from seesaw_ds.worker.warmup import warm_up_blocks, warm_up_prefill
 from seesaw_ds.worker.weights import load_weights
 
-logger = logging.getLogger(__name__)
+_KERNELS_KEY = "seesaw/kernels"
+_MOST_COMPILE_TIME = datetime.timedelta(hours=1)
 
 
 def init_distributed() -> None:
@@ -89,6 +90,8 @@ class _EngineBuilder:
             self._state = ParallelState(self._layouts)
         self._replica_rank = dist.get_rank() - self._state.replica_ranks[0]
         self._backends = choose_backends(self._shape, run.kv_block_size, self._dtype, self._device)
+        with timer.part("kernels"):
+            self._compile_kernels()
         self._all_reduces = self._choose_all_reduces()
         self._transport = self._choose_transport()
         self._scratch = torch.empty(self._scratch_bytes(), dtype=torch.uint8, device=self._device)
@@ -100,6 +103,15 @@ class _EngineBuilder:
         for phase in Phase:
             self._make_links(phase)
         self._rotary = ModelRotation(self._hf_config, self._shape, self._device, self._longest)
+
+    def _compile_kernels(self) -> None:
+        """The first rank does. The others wait by the store: a barrier takes memory for its communicator."""
+        store = dist.distributed_c10d._get_default_store()
+        if dist.get_rank() == 0:
+            self._backends.compile_kernels()
+            store.set(_KERNELS_KEY, "compiled")
+        else:
+            store.wait([_KERNELS_KEY], _MOST_COMPILE_TIME)
 
     def _make_links(self, phase: Phase) -> None:
         """A static layout has one pipeline: its steps of both kinds follow each other on one link."""
@@ -198,8 +210,6 @@ class _EngineBuilder:
         """
         if not devices.is_cuda(self._device):
             return
-        if dist.get_rank() == 0 and self._backends.must_compile:
-            logger.info("FlashInfer compiles its kernels for this device, once a machine: that takes minutes")
         pools = self._pools(warm_up_blocks(self._run, self._longest))
         self._prefill.attach(pools[Phase.PREFILL])
         self._step_bytes = StepBytes(

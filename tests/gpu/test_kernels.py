@@ -170,3 +170,23 @@ def test_a_captured_step_replays_with_a_new_plan() -> None:
         out = executor.run(4, lambda size: backend.forward(queries[:size], kv_cache))
         reference.plan(batch)
         assert relative_error(out, reference.forward(queries.float(), kv_cache.float())) < 1e-2
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_kernels_that_attention_loads_are_those_compiled_beforehand(rule: AttentionRule) -> None:
+    from flashinfer.jit.core import jit_spec_registry
+
+    from seesaw_ds.model.attention.flashinfer_backend import FlashInferDecode, FlashInferPrefill
+    from seesaw_ds.model.kernel_library import needed_kernels
+
+    device = torch.device("cuda")
+    names = {spec.name for spec in needed_kernels([rule], HEAD_DIM, torch.bfloat16, "silu", device)}
+    sizes = (HEADS, KV_HEADS, HEAD_DIM, BLOCK)
+    prefill = FlashInferPrefill(rule, *sizes, workspace(), torch.bfloat16, device)
+    decode = FlashInferDecode(rule, *sizes, 8, 600, workspace(), torch.bfloat16, device)
+    assert attention_error(prefill, [1, 300], [700, 300], rule, num_rows=1) < 1e-2
+    assert attention_error(decode, [1, 1], [900, 3], rule) < 1e-2
+    kind = f"use_swa_{rule.window is not None}_use_logits_cap_{rule.soft_cap is not None}"
+    loaded = {status.name for status in jit_spec_registry.get_all_statuses() if kind in status.name}
+    assert loaded <= names
+    assert all(status.is_compiled for status in jit_spec_registry.get_all_statuses() if status.name in names & loaded)

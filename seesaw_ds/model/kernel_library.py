@@ -1,0 +1,65 @@
+"""FlashInfer's kernels for a model, compiled all at once.
+
+FlashInfer compiles a kernel at its first use on a machine, one after the other: minutes in all. Which ones a model
+needs is known beforehand, so that they can be compiled side by side, and somebody can be told to wait.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from seesaw_ds.model.attention.interface import AttentionRule
+from seesaw_ds.model.families.family import Activation
+
+if TYPE_CHECKING:
+    from flashinfer.jit.core import JitSpec
+
+logger = logging.getLogger(__name__)
+
+
+def needed_kernels(
+    rules: Sequence[AttentionRule], head_dim: int, dtype: torch.dtype, activation: Activation, device: torch.device
+) -> list[JitSpec]:
+    """The modules that `FlashInferPrefill`, `FlashInferDecode`, `CudaOps` and the one-shot all-reduce load."""
+    from flashinfer.jit import gen_act_and_mul_module, gen_batch_prefill_module, gen_vllm_comm_module
+    from flashinfer.jit.norm import gen_norm_module
+    from flashinfer.utils import PosEncodingMode, determine_attention_backend
+
+    no_rotation = PosEncodingMode.NONE.value  # RoPE is our own
+    # Rows have fa2, and chunks what FlashInfer takes for "auto".
+    backends = {"fa2", determine_attention_backend(device, no_rotation, False, False, dtype, dtype)}
+    attention = {
+        (backend, rule.window is not None, rule.soft_cap is not None) for backend in backends for rule in rules
+    }
+    return [
+        gen_norm_module(),
+        gen_act_and_mul_module(activation),
+        gen_vllm_comm_module(),
+        *(
+            gen_batch_prefill_module(
+                backend, dtype, dtype, dtype, torch.int32, head_dim, head_dim, no_rotation, has_window, has_cap, False
+            )
+            for backend, has_window, has_cap in sorted(attention)
+        ),
+    ]
+
+
+def compile_kernels(specs: Sequence[JitSpec]) -> None:
+    """Compile side by side what this machine has not and FlashInfer did not come with; says so on the log.
+
+    One process of a node does it, while the others wait.
+    """
+    missing = [spec for spec in specs if not spec.is_compiled]
+    if not missing:
+        return
+    from flashinfer.jit import build_jit_specs
+
+    logger.info("FlashInfer compiles %d kernels for this device, once a machine: that takes minutes", len(missing))
+    try:
+        build_jit_specs(missing)
+    except RuntimeError as error:
+        logger.warning("FlashInfer compiles each kernel at its first use instead, since this failed: %s", error)
