@@ -58,11 +58,17 @@ class DecodeGroups:
     def next_batch(self, step_id: int) -> DecodeBatch | None:
         """Issue a step of the next group that has one to make; None when there is none.
 
-        Takes the blocks that the rows need, and marks victims when there are too few.
+        Takes the blocks that the rows need, and marks victims when there are too few. A group with as many steps in
+        flight as it may have keeps its turn. Were others let past it, two steps of one group would follow each other,
+        the second would hold up the pipeline until the first one's tokens are back, and the order would stay so::
+
+            in turn     g0 g1 g0 g1 g0 g1        out of turn    g0 g0 .. g1 g1 .. g0 g0 ..
         """
         self._rebalance()
         num_groups = len(self._groups)
         for group in ((self._next_group + i) % num_groups for i in range(num_groups)):
+            if self._num_in_flight[group] == _MAX_STEPS_IN_FLIGHT:
+                return None
             if rows := self._step(step_id, group):
                 return DecodeBatch(step_id, group, rows)
         return None

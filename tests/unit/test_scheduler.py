@@ -683,6 +683,40 @@ class TestEviction:
         assert scheduler.stats().num_evictions == 0
 
 
+def test_a_group_that_joins_late_steps_in_turn_with_one_that_is_ahead() -> None:
+    sizes = limits(prefill_stages=2)
+    pools = KvPools(sizes)
+    groups = DecodeGroups(sizes, pools)
+
+    def join(seq_id: int) -> None:
+        seq = Sequence(SequenceSpec(seq_id, 4, 9), seq_id, block_size=4)
+        pools.admit(seq, stays=True)
+        seq.num_issued_tokens = seq.num_output_tokens = 1
+        groups.join(seq)
+
+    def answer_step(step_id: int) -> None:
+        for seq in groups.finish_batch(step_id):
+            seq.in_flight -= 1
+            seq.append(0)
+
+    steps: list[int] = []
+
+    def issue() -> None:
+        while (batch := groups.next_batch(len(steps))) is not None:
+            steps.append(batch.group)
+
+    join(0)
+    issue()
+    assert steps == [0, 0]
+    join(1)
+    issue()
+    assert steps == [0, 0, 1]
+    for step_id in range(4):
+        answer_step(step_id)
+        issue()
+    assert steps == [0, 0, 1, 0, 1, 0, 1, 0]
+
+
 class TestVictims:
     """Who gives way on a full GPU; each sequence holds whole blocks of 4 tokens and wants one more."""
 
