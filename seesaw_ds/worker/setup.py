@@ -105,13 +105,15 @@ class _EngineBuilder:
         self._rotary = ModelRotation(self._hf_config, self._shape, self._device, self._longest)
 
     def _compile_kernels(self) -> None:
-        """The first rank does. The others wait by the store: a barrier takes memory for its communicator."""
+        """The first rank of a node does. Others wait by the store: a barrier takes memory for its communicator."""
         store = dist.distributed_c10d._get_default_store()
-        if dist.get_rank() == 0:
+        local_rank = int(os.environ["LOCAL_RANK"])
+        key = f"{_KERNELS_KEY}-{dist.get_rank() - local_rank}"
+        if local_rank == 0:
             self._backends.compile_kernels()
-            store.set(_KERNELS_KEY, "compiled")
+            store.set(key, "compiled")
         else:
-            store.wait([_KERNELS_KEY], _MOST_COMPILE_TIME)
+            store.wait([key], _MOST_COMPILE_TIME)
 
     def _make_links(self, phase: Phase) -> None:
         """A static layout has one pipeline: its steps of both kinds follow each other on one link."""

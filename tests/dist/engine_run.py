@@ -80,6 +80,7 @@ def build_cpu_engine(run: RunConfig) -> Engine:
     """Build this rank's engine as a worker does, on the CPU even where there are GPUs."""
     set_accelerator(CPU_Accelerator())
     os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size())
+    os.environ["LOCAL_RANK"] = str(dist.get_rank())
     return build_engine(run, StartUpTimer())
 
 
