@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -15,6 +15,7 @@ from seesaw_ds.model.attention.interface import AttentionBackend, AttentionRule
 from seesaw_ds.model.attention.torch_backend import TorchAttention
 from seesaw_ds.model.ops.interface import LayerOps
 from seesaw_ds.model.ops.torch_ops import TorchOps
+from seesaw_ds.model.sampling_draw import Draw, TorchDraw
 from seesaw_ds.parallel.device import is_cuda
 from seesaw_ds.shapes import ModelShape
 
@@ -47,6 +48,7 @@ class TorchBackends:
     block_size: int
     device: torch.device
     ops: LayerOps
+    draw: Draw = field(default_factory=TorchDraw)
     has_graphs: bool = False
 
     def compile_kernels(self) -> None:
@@ -70,6 +72,7 @@ class CudaBackends:
     dtype: torch.dtype
     device: torch.device
     ops: LayerOps
+    draw: Draw
     has_graphs: bool
 
     def compile_kernels(self) -> None:
@@ -99,7 +102,7 @@ class CudaBackends:
 
 
 class Backends(Protocol):
-    """`ops` for every layer, and for each phase an attention backend for each of the shape's attention kinds.
+    """`ops` for every layer, `draw` for the sampler, and for each phase an attention backend for each attention kind.
 
     `has_graphs`: decode steps may be captured as CUDA graphs. A backend is made for at most `max_num_seqs` sequences
     that decode in a step; that of the decode phase for tables of at most `max_num_blocks` blocks together. All may
@@ -108,6 +111,9 @@ class Backends(Protocol):
 
     @property
     def ops(self) -> LayerOps: ...
+
+    @property
+    def draw(self) -> Draw: ...
 
     @property
     def has_graphs(self) -> bool: ...
@@ -134,10 +140,10 @@ def choose_backends(shape: ModelShape, block_size: int, dtype: torch.dtype, devi
         return TorchBackends(shape, block_size, device, TorchOps(*settings))
 
     from seesaw_ds.model.ops.cuda_ops import CudaOps
+    from seesaw_ds.model.ops.cuda_sampling import CudaDraw
 
-    return CudaBackends(
-        shape, block_size, dtype, device, CudaOps(*settings), has_graphs=_can_capture(shape, dtype, device)
-    )
+    has_graphs = _can_capture(shape, dtype, device)
+    return CudaBackends(shape, block_size, dtype, device, CudaOps(*settings), CudaDraw(), has_graphs)
 
 
 def _can_capture(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,15 +52,15 @@ def needed_kernels(
 def compile_kernels(specs: Sequence[JitSpec]) -> None:
     """Compile side by side what this machine has not and FlashInfer did not come with; says so on the log.
 
-    One process of a node does it, while the others wait.
+    One process of a node does it, while the others wait. Each kernel is built in its own folder, as at a first use:
+    FlashInfer's `build_jit_specs` leaves no ninja log there, so a kernel would be built again when it is loaded.
     """
     missing = [spec for spec in specs if not spec.is_compiled]
     if not missing:
         return
-    from flashinfer.jit import build_jit_specs
-
     logger.info("FlashInfer compiles %d kernels for this device, once a machine: that takes minutes", len(missing))
-    try:
-        build_jit_specs(missing)
-    except RuntimeError as error:
-        logger.warning("FlashInfer compiles each kernel at its first use instead, since this failed: %s", error)
+    with ThreadPoolExecutor(len(missing)) as builders:
+        builds = {spec.name: builders.submit(spec.build, verbose=False) for spec in missing}
+    for name, build in builds.items():
+        if (error := build.exception()) is not None:
+            logger.warning("FlashInfer compiles %s at its first use instead, since this failed: %s", name, error)

@@ -10,21 +10,15 @@ top_p. Log-probabilities are those of the raw logits. All arithmetic is float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from seesaw_ds.model.sampling_filters import (
-    add_edits,
-    apply_penalties,
-    mask_min_p,
-    mask_top_k,
-    mask_top_k_top_p,
-)
+from seesaw_ds.model.sampling_draw import Draw, change_rows
+from seesaw_ds.model.sampling_filters import add_edits, apply_penalties
 from seesaw_ds.model.sampling_output import SampledTokens, row_logprobs
-from seesaw_ds.model.sampling_rng import gumbel_noise, stream_states
-from seesaw_ds.model.sampling_state import BatchPlan, RowParams, Rows, SamplingState
+from seesaw_ds.model.sampling_state import BatchPlan, SamplingState
 
 # Rows are sampled in parts of at most this many logits, which bounds temporary memory: 20 bytes per logit in a
 # plain random batch, up to 50 with top_p.
@@ -39,7 +33,12 @@ def sampling_bytes(num_rows: int, vocab_size: int) -> int:
 
 
 def sample(
-    logits: Tensor, slots: Tensor, output_positions: Tensor, state: SamplingState, host_slots: Sequence[int]
+    logits: Tensor,
+    slots: Tensor,
+    output_positions: Tensor,
+    state: SamplingState,
+    host_slots: Sequence[int],
+    draw: Draw,
 ) -> SampledTokens:
     """Choose the next token of each row, and count it where penalties need it.
 
@@ -48,6 +47,7 @@ def sample(
         slots: [rows] int64 on the same device: each row's slot in `state`, all different.
         output_positions: [rows] int64 on the same device: which output token is being sampled, from 0.
         host_slots: the same as `slots`, for the host.
+        draw: what chooses where a row is random.
 
     Raises:
         RuntimeError: a slot has no sequence.
@@ -63,6 +63,7 @@ def sample(
             output_positions[start : start + part],
             state,
             state.plan(host_slots[start : start + part]),
+            draw,
         )
         for start in range(0, max(num_rows, 1), part)
     ]
@@ -79,49 +80,19 @@ def sample(
     )
 
 
-def _choose(logits: Tensor, slots: Tensor, positions: Tensor, state: SamplingState, plan: BatchPlan) -> Tensor:
+def _choose(
+    logits: Tensor, slots: Tensor, positions: Tensor, state: SamplingState, plan: BatchPlan, draw: Draw
+) -> Tensor:
     if plan.random is None and plan.edited is None and plan.penalized is None:
         return logits.argmax(dim=-1)
-    logits = logits.to(torch.float32, copy=True)
     params = state.row_params(slots)
+    if plan.edited is not None or plan.penalized is not None:
+        logits = logits.to(torch.float32, copy=True)
     if plan.edited is not None:
         edits, edited_positions = state.edits(slots[plan.edited]), positions[plan.edited]
-        logits = _change(logits, plan.edited, lambda part: add_edits(part, edits, edited_positions))
+        logits = change_rows(logits, plan.edited, lambda part: add_edits(part, edits, edited_positions))
     if plan.penalized is not None:
         penalties = (params.repetition, params.frequency, params.presence)
-        arguments = (*state.token_history(slots[plan.penalized]), *(p[plan.penalized] for p in penalties))
-        logits = _change(logits, plan.penalized, lambda part: apply_penalties(part, *arguments))
-
-    if plan.random is None:
-        return logits.argmax(dim=-1)
-    random_params = RowParams(*(column[plan.random] for column in params))
-    drawn = _draw(logits[plan.random], random_params, positions[plan.random], plan)
-    if isinstance(plan.random, slice):
-        return drawn
-    return logits.argmax(dim=-1).index_copy_(0, plan.random, drawn)
-
-
-def _draw(logits: Tensor, params: RowParams, positions: Tensor, plan: BatchPlan) -> Tensor:
-    logits = logits / params.temperature
-    if plan.min_p is not None:
-        min_p = params.min_p[plan.min_p]
-        logits = _change(logits, plan.min_p, lambda part: mask_min_p(part, min_p))
-    if plan.truncated is not None:
-        top_k, top_p = params.top_k[plan.truncated], params.top_p[plan.truncated]
-        logits = _change(logits, plan.truncated, lambda part: _truncate(part, top_k, top_p, plan))
-    noise = gumbel_noise(stream_states(params.seed, positions), logits.shape[1])
-    return noise.add_(logits).argmax(dim=-1)
-
-
-def _truncate(logits: Tensor, top_k: Tensor, top_p: Tensor, plan: BatchPlan) -> Tensor:
-    if plan.any_top_p:
-        return mask_top_k_top_p(logits, top_k, top_p, plan.max_top_k)
-    assert plan.max_top_k is not None, "a truncated row has top_k, top_p or both"
-    return mask_top_k(logits, top_k, plan.max_top_k)
-
-
-def _change(logits: Tensor, rows: Rows, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply `change` to some rows of a tensor that the caller owns."""
-    if not isinstance(rows, Tensor):
-        return change(logits)
-    return logits.index_copy_(0, rows, change(logits[rows]))
+        arguments = (*state.token_history(slots[plan.penalized]), *(p[plan.penalized].float() for p in penalties))
+        logits = change_rows(logits, plan.penalized, lambda part: apply_penalties(part, *arguments))
+    return logits.argmax(dim=-1) if plan.random is None else draw(logits, params, positions, plan)

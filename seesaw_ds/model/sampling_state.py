@@ -25,7 +25,7 @@ Rows = Tensor | slice | None
 class RowParams(NamedTuple):
     """Parameters gathered for a batch, ready to broadcast over the vocabulary.
 
-    [rows, 1] float32, except `top_p` [rows, 1] float64, `top_k` [rows, 1] int64 and `seed` [rows] int64.
+    [rows, 1] float64, except `seed` and `top_k` [rows, 1] int64. Columns of two tables: neighbours in memory.
     """
 
     temperature: Tensor
@@ -202,18 +202,8 @@ class SamplingState:
 
     def row_params(self, slots: Tensor) -> RowParams:
         """The parameters of `slots` [rows] int64."""
-        temperature, top_p, min_p, repetition, frequency, presence = self._floats[slots].chunk(6, dim=1)
-        seed, top_k = self._ints[slots].chunk(2, dim=1)
-        return RowParams(
-            temperature=temperature.float(),
-            top_p=top_p,
-            min_p=min_p.float(),
-            repetition=repetition.float(),
-            frequency=frequency.float(),
-            presence=presence.float(),
-            seed=seed.squeeze(1),
-            top_k=top_k,
-        )
+        floats, ints = self._floats[slots], self._ints[slots]
+        return RowParams(*floats.chunk(6, dim=1), *ints.chunk(2, dim=1))
 
     def edits(self, slots: Tensor) -> Tensor:
         """The logit edits of `slots` [rows]: [rows, E, 3] float64, as `sampling_filters.add_edits` reads them."""

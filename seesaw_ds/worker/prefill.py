@@ -13,9 +13,7 @@ from seesaw_ds.model.attention.interface import AttentionBackend, AttentionBatch
 from seesaw_ds.model.decoder import DecoderStage
 from seesaw_ds.model.ops.interface import TokenPlaces
 from seesaw_ds.model.rope import ModelRotation
-from seesaw_ds.model.sampler import sample
 from seesaw_ds.model.sampling_output import SampledTokens
-from seesaw_ds.model.sampling_state import SamplingState
 from seesaw_ds.parallel.device import to_device
 from seesaw_ds.parallel.links import PipelineLink
 from seesaw_ds.requests import SequenceRequest
@@ -162,21 +160,5 @@ class PrefillRunner:
             self._feedback.pass_on(slots, row_tokens)
         if not ends:
             return row_tokens
-        first_tokens = _sample_first(logits[num_rows:], ends)
+        first_tokens = self._slots.sample_first(logits[num_rows:], ends)
         return first_tokens if row_tokens is None else row_tokens.joined(first_tokens)
-
-
-def _sample_first(logits: torch.Tensor, requests: list[SequenceRequest]) -> SampledTokens:
-    """The first token of each request."""
-    state = SamplingState(len(requests), logits.shape[1], logits.device)
-    for slot, request in enumerate(requests):
-        state.set_slot(
-            slot,
-            request.params,
-            request.seed,
-            request.stop_token_ids,
-            request.prompt_token_ids,
-            output_token_ids=(),
-        )
-    slots = torch.arange(len(requests), device=logits.device)
-    return sample(logits, slots, torch.zeros_like(slots), state, range(len(requests)))

@@ -97,7 +97,9 @@ class _EngineBuilder:
         self._scratch = torch.empty(self._scratch_bytes(), dtype=torch.uint8, device=self._device)
         self._max_blocks_per_seq = blocks_for(self._longest, run.kv_block_size)
         self._attentions = {phase: self._decode_attention(phase) for phase in self._decode_layouts()}
-        self._slots = DecodingSlots(run.max_num_seqs, self._max_blocks_per_seq, self._shape.vocab_size, self._device)
+        self._slots = DecodingSlots(
+            run.max_num_seqs, self._max_blocks_per_seq, self._shape.vocab_size, self._device, self._backends.draw
+        )
         self._links: dict[Phase, PipelineLink] = {}
         self._feedback: dict[Phase, TokenFeedback] = {}
         for phase in Phase:

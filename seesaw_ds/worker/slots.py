@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from seesaw_ds.engine.messages import Decode
 from seesaw_ds.model.sampler import sample
+from seesaw_ds.model.sampling_draw import Draw
 from seesaw_ds.model.sampling_output import SampledTokens
 from seesaw_ds.model.sampling_state import SamplingState
 from seesaw_ds.parallel.device import to_device
@@ -56,12 +58,15 @@ class DecodingSlots:
     Every rank keeps all of it; ranks that do not sample in a phase catch up at its end (`share`).
     """
 
-    def __init__(self, max_num_seqs: int, max_blocks_per_seq: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, max_num_seqs: int, max_blocks_per_seq: int, vocab_size: int, device: torch.device, draw: Draw
+    ) -> None:
         self.table = SlotTable(max_num_seqs, max_blocks_per_seq)
         self.tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         self.max_num_seqs = max_num_seqs
         self._sampling = SamplingState(max_num_seqs, vocab_size, device)
         self._device = device
+        self._draw = draw
         self._groups: dict[int, StepSlots] = {}
 
     def set(
@@ -91,15 +96,30 @@ class DecodingSlots:
         """Choose the next token of each row, and remember it as its slot's last."""
         output_positions = self.table.positions[slots.host] + 1 - self.table.prompt_lens[slots.host]
         positions = to_device(output_positions, self._device)
-        sampled = sample(logits, slots.index, positions, self._sampling, slots.host.tolist())
+        sampled = sample(logits, slots.index, positions, self._sampling, slots.host.tolist(), self._draw)
         self.tokens[slots.index] = sampled.token_ids
         return sampled
 
+    def sample_first(self, logits: torch.Tensor, requests: list[SequenceRequest]) -> SampledTokens:
+        """Choose the first token of each request; none has a slot yet."""
+        state = SamplingState(len(requests), logits.shape[1], self._device)
+        for row, request in enumerate(requests):
+            state.set_slot(
+                row, request.params, request.seed, request.stop_token_ids, request.prompt_token_ids, output_token_ids=()
+            )
+        rows = torch.arange(len(requests), device=self._device)
+        return sample(logits, rows, torch.zeros_like(rows), state, range(len(requests)), self._draw)
+
     def warm_up(self, dtype: torch.dtype) -> None:
-        """Sample a token of a made-up sequence in slot 0, so that the sampler's kernels are loaded."""
-        self.set(0, 1, (0,), SequenceRequest(0, (0,), SamplingParams(), seed=0), [0])
+        """Sample tokens of made-up sequences in slot 0, so that the sampler's kernels are compiled and loaded.
+
+        There is one for what is drawn from and one for filters, for logits as they are and for changed ones.
+        """
         logits = torch.zeros((1, self._sampling.vocab_size), dtype=dtype, device=self._device)
-        self.sample(logits, StepSlots([0], self._device))
+        for top_p, logit_bias in itertools.product((1.0, 0.5), ({}, {0: 0.0})):
+            params = SamplingParams(top_p=top_p, logit_bias=logit_bias)
+            self.set(0, 1, (0,), SequenceRequest(0, (0,), params, seed=0), [0])
+            self.sample(logits, StepSlots([0], self._device))
 
     def advance(self, slots: StepSlots) -> None:
         """Count the token that a step has computed for each of its slots."""

@@ -9,6 +9,7 @@ import torch
 
 from seesaw_ds.model import sampler, sampling_rng
 from seesaw_ds.model.sampler import sample
+from seesaw_ds.model.sampling_draw import TorchDraw
 from seesaw_ds.model.sampling_filters import mask_min_p, mask_top_k, mask_top_k_top_p
 from seesaw_ds.model.sampling_state import SamplingState
 from seesaw_ds.requests import SamplingParams
@@ -22,7 +23,7 @@ def random_logits(rows, vocab=VOCAB, seed=0, scale=3.0):
 
 
 def run(state, logits, slots, positions):
-    return sample(logits, torch.tensor(slots), torch.tensor(positions), state, slots)
+    return sample(logits, torch.tensor(slots), torch.tensor(positions), state, slots, TorchDraw())
 
 
 def tokens_at(params, logits_row, positions, seed=7, **slot_options):
@@ -298,7 +299,8 @@ def test_input_logits_are_left_alone():
 
 def test_an_empty_batch_gives_no_tokens():
     state = SamplingState(1, VOCAB, "cpu")
-    assert sample(torch.zeros(0, VOCAB), torch.tensor([]).long(), torch.tensor([]).long(), state, []).to_host() == []
+    none = torch.tensor([]).long()
+    assert sample(torch.zeros(0, VOCAB), none, none, state, [], TorchDraw()).to_host() == []
 
 
 # --- truncation -------------------------------------------------------------------------------------------------------
