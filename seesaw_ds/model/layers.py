@@ -45,10 +45,9 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
                 tp_group=group,
             )
 
-    def _forward_impl(
-        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, **kwargs: object
-    ) -> torch.Tensor:
-        return F.linear(input, weight, bias)
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # Megatron's own, which prepares for training, takes 75 us of the host's time around this.
+        return F.linear(input_, self.weight, self.bias), None
 
 
 class RowLinear(RowParallelLinear):  # type: ignore[misc]

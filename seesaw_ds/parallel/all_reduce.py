@@ -35,8 +35,11 @@ class BackendAllReduce:
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
+        self._is_alone = group.size() == 1
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._is_alone:
+            return tensor
         return reduce_from_tensor_model_parallel_region(tensor, group=self._group)
 
     def after_capture(self) -> None:

@@ -86,7 +86,8 @@ class HostStagedTransport:
         self._outgoing = outgoing
         self._incoming = incoming
         pairs = list(permutations(ranks, 2))
-        rings = {pair: _Ring(mapping, index, self._slot_bytes) for index, pair in enumerate(pairs) if rank in pair}
+        offsets = {pair: index * ring_bytes(self._slot_bytes) for index, pair in enumerate(pairs)}
+        rings = {pair: Ring(mapping, offset, self._slot_bytes) for pair, offset in offsets.items() if rank in pair}
         self._rings_to = {receiver: ring for (sender, receiver), ring in rings.items() if sender == rank}
         self._rings_from = {sender: ring for (sender, receiver), ring in rings.items() if receiver == rank}
 
@@ -113,12 +114,14 @@ class HostStagedTransport:
         ]
 
 
-class _Ring:
-    """The slots from one rank to another, seen from one of its ends. Both ends count pieces alike."""
+class Ring:
+    """The slots from one rank to another, seen from one of its ends. Both ends count pieces alike.
 
-    def __init__(self, mapping: NodeSharedMapping, index: int, slot_bytes: int) -> None:
-        offset = index * _ring_bytes(slot_bytes)
-        self._slots = mapping.tensor(offset, (NUM_SLOTS, slot_bytes), torch.uint8)
+    It lies in `mapping` from byte `offset` on, and takes `ring_bytes` of it.
+    """
+
+    def __init__(self, mapping: NodeSharedMapping, offset: int, slot_bytes: int, num_slots: int = NUM_SLOTS) -> None:
+        self._slots = mapping.tensor(offset, (num_slots, slot_bytes), torch.uint8)
         flags = mapping.tensor(offset + self._slots.numel(), (2, _LINE_FLAGS), torch.int32)
         self._written = flags[0, :1]
         self._read = flags[1, :1]
@@ -127,8 +130,9 @@ class _Ring:
     def write(self, lane: Lane, source: torch.Tensor) -> None:
         """Put the next piece into the ring, bytes on the device."""
         slot = self._slot(source)
-        if self._num_pieces >= NUM_SLOTS:
-            lane.wait(self._read, self._num_pieces + 1 - NUM_SLOTS)
+        num_slots = len(self._slots)
+        if self._num_pieces >= num_slots:
+            lane.wait(self._read, self._num_pieces + 1 - num_slots)
         lane.copy(slot, source)
         self._num_pieces += 1
         lane.raise_flag(self._written, self._num_pieces)
@@ -142,7 +146,7 @@ class _Ring:
         lane.raise_flag(self._read, self._num_pieces)
 
     def _slot(self, piece: torch.Tensor) -> torch.Tensor:
-        return self._slots[self._num_pieces % NUM_SLOTS, : piece.numel()]
+        return self._slots[self._num_pieces % len(self._slots), : piece.numel()]
 
 
 class StreamLane:
@@ -257,11 +261,12 @@ def slot_bytes(num_ranks: int) -> int:
 
 def required_bytes(num_ranks: int) -> int:
     """Size of the mapping: a ring for each ordered pair of ranks."""
-    return num_ranks * (num_ranks - 1) * _ring_bytes(slot_bytes(num_ranks))
+    return num_ranks * (num_ranks - 1) * ring_bytes(slot_bytes(num_ranks))
 
 
-def _ring_bytes(slot_bytes: int) -> int:
-    return NUM_SLOTS * slot_bytes + 2 * _LINE_BYTES
+def ring_bytes(slot_bytes: int, num_slots: int = NUM_SLOTS) -> int:
+    """Size of a ring whose slots are multiples of 64 bytes."""
+    return num_slots * slot_bytes + 2 * _LINE_BYTES
 
 
 def _driver_call(name: str) -> Callable[..., int]:

@@ -23,10 +23,10 @@ from seesaw_ds.model.rope import ModelRotation
 from seesaw_ds.parallel import device as devices
 from seesaw_ds.parallel.all_reduce import AllReduce, BackendAllReduce, choose_all_reduce
 from seesaw_ds.parallel.groups import ParallelState
-from seesaw_ds.parallel.links import PipelineLink
+from seesaw_ds.parallel.links import PipelineLink, choose_link
 from seesaw_ds.parallel.shared_memory import begin_mapping
 from seesaw_ds.parallel.transport import BackendTransport, Transport, choose_transport
-from seesaw_ds.plan.memory import size_pools
+from seesaw_ds.plan.memory import most_step_tokens, size_pools
 from seesaw_ds.reshard.exchange import EXCHANGE_SCRATCH_BYTES
 from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.shapes import model_shape, read_hf_config
@@ -123,7 +123,14 @@ class _EngineBuilder:
             self._links[phase], self._feedback[phase] = self._links[phase.other], self._feedback[phase.other]
             return
         groups = self._state[phase]
-        self._links[phase] = PipelineLink(groups, self._shape.hidden_size, self._dtype, self._device)
+        self._links[phase] = choose_link(
+            groups,
+            self._state.replica,
+            self._shape.hidden_size,
+            most_step_tokens(self._run),
+            self._dtype,
+            self._device,
+        )
         self._feedback[phase] = TokenFeedback(groups, self._links[phase], self._slots)
 
     def _choose_all_reduces(self) -> dict[Phase, AllReduce]:

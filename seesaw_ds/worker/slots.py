@@ -17,7 +17,7 @@ from seesaw_ds.model.sampling_output import SampledTokens
 from seesaw_ds.model.sampling_state import SamplingState
 from seesaw_ds.parallel.device import to_device
 from seesaw_ds.parallel.groups import PhaseGroups
-from seesaw_ds.parallel.links import PipelineLink
+from seesaw_ds.parallel.links import PipelineLink, most_unread_steps
 from seesaw_ds.requests import SamplingParams, SequenceRequest
 
 
@@ -135,7 +135,8 @@ class TokenFeedback:
     """Brings sampled tokens from a phase's last stage to its first, which needs them for the next step.
 
     The first stage takes them off the link just before it needs them, in the order of the steps, so that a step can
-    be queued before the tokens of the last one are known.
+    be queued before the tokens of the last one are known. Those that nobody needs, for their sequences have ended, it
+    takes when too many steps' lie unread.
     """
 
     def __init__(self, groups: PhaseGroups, link: PipelineLink, slots: DecodingSlots) -> None:
@@ -144,6 +145,7 @@ class TokenFeedback:
         self._link = link
         self._slots = slots
         self._unread: deque[StepSlots] = deque()
+        self._most_unread = most_unread_steps(groups.layout.pp)
 
     def pass_on(self, slots: StepSlots, sampled: SampledTokens | None) -> None:
         """Send a step's tokens, or expect them."""
@@ -155,7 +157,9 @@ class TokenFeedback:
 
     def read(self, slots: np.ndarray) -> None:
         """Take the tokens of earlier steps, oldest first, until no unread step has a token for `slots`."""
-        while any(np.isin(slots, unread.host).any() for unread in self._unread):
+        while len(self._unread) >= self._most_unread or any(
+            np.isin(slots, unread.host).any() for unread in self._unread
+        ):
             self._read_oldest()
 
     def read_all(self) -> None:
