@@ -34,23 +34,24 @@ from seesaw_ds.shapes import ModelShape
 
 MAX_PAIRS = 16
 """Pairs that are simulated."""
-FIRST_TOKENS = {True: 512, False: 2048}
+FIRST_TOKENS = {True: 512, False: 1024}
 """The micro-batch size that is simulated first, with mixed steps and without."""
 STATIC_TOKENS = 500_000
 """Output tokens of the yardstick's simulations, which take a time by steps, not by rows."""
 
 # Pairs this much slower than the best one at first try no other micro-batch size.
-_TUNED_WITHIN = 0.15
+_TUNED_WITHIN = 0.1
 # Settings that are simulated in detail: the fastest ones, if they are not this much slower than the first.
-_MAX_FINALISTS = 2
-_FINALISTS_WITHIN = 0.02
+_MAX_FINALISTS = 3
+_FINALISTS_WITHIN = 0.015
 # The coarsest simulations. Those of one effort differ little in it, so that what it does to them is much the same.
 _MOST_BUNDLED = 4
 _LARGEST_UNIT = 8
-# What is left of a replica's sequences, pools and groups when they are counted in bundles.
+# Counted in bundles, a replica has so many, a pipeline group has slots for so many, and a pool holds so many of the
+# longest. With 2 of the longest where there were 19 (70B, arxiv, A10) a run took 10 to 16% too long.
 _LEAST_BUNDLES = 32
-_LEAST_LONGEST_IN_POOL = 4
 _LEAST_GROUP = 4
+_LEAST_LONGEST_IN_POOL = 4
 # A simulation takes about as long for so many prompt tokens as for one decode row.
 _PROMPT_TOKENS_A_ROW = 16
 
@@ -200,7 +201,8 @@ def _search(candidates: list[Candidate], rank: Simulate) -> tuple[list[Simulated
     for done in first:
         if done.seconds <= (1 + _TUNED_WITHIN) * first[0].seconds:
             ranked += _other_sizes(done, by_pair[done.candidate.pair.with_equal_stages], rank)
-    ranked.sort(key=lambda done: done.seconds)
+    # A pair that decodes in its prefill layout to the end runs as that layout alone does, which is then preferred.
+    ranked.sort(key=lambda done: (done.seconds, not done.candidate.pair.is_static))
     return ranked, pruned
 
 
@@ -229,12 +231,21 @@ def _other_sizes(first: Simulated, sizes: list[Candidate], rank: Simulate) -> li
 
 def _best_in_detail(ranked: list[Simulated], judge: Simulate) -> Simulated:
     """The fastest of the first few of `ranked`, once they are simulated in detail."""
-    finalists = [done for done in ranked if done.seconds <= (1 + _FINALISTS_WITHIN) * ranked[0].seconds]
-    best = judge(ranked[0].candidate)
-    for done in finalists[1:_MAX_FINALISTS]:
+    first, *others = _finalists(ranked)
+    best = judge(first)
+    for candidate in others:
         with contextlib.suppress(TookTooLong):
-            best = judge(done.candidate, best.seconds)
+            best = judge(candidate, best.seconds)
     return _best_split(best, judge)
+
+
+def _finalists(ranked: list[Simulated]) -> list[Candidate]:
+    """The first few that are not far behind; of those that ran alike the first one stands for all."""
+    by_seconds: dict[float, Candidate] = {}
+    for done in ranked:
+        if done.seconds <= (1 + _FINALISTS_WITHIN) * ranked[0].seconds:
+            by_seconds.setdefault(done.seconds, done.candidate)
+    return list(by_seconds.values())[:_MAX_FINALISTS]
 
 
 def _one_of_each_pair(ranked: list[Simulated], best: Simulated) -> list[Simulated]:
@@ -274,12 +285,13 @@ def simulate(
     Raises TookTooLong when the run takes `stop_after` simulated seconds or more.
     """
     run, dtype = candidate.run, dtype_name(candidate.run, shape)
-    share = min(1.0, effort.most_requests / totals.num_requests)
-    num_rows = share * (totals.output_tokens + totals.input_tokens / _PROMPT_TOKENS_A_ROW)
-    bundle = _factor(num_rows / effort.num_rows, _most_bundled(candidate, totals))
+    sample = thinned(lengths, totals.output_tokens * effort.most_requests // totals.num_requests)
+    num_rows = sum(length.output_tokens + length.input_tokens / _PROMPT_TOKENS_A_ROW for length in sample)
+    bundle = _factor(num_rows / effort.num_rows, _most_bundled(candidate, sample))
     unit = _factor(num_rows / effort.num_rows / bundle, math.gcd(run.kv_block_size, _LARGEST_UNIT))
-    share *= min(1.0, 2 * effort.num_rows * bundle * unit / num_rows)
-    sample = thinned(lengths, int(share * totals.output_tokens))
+    most_rows = 2 * effort.num_rows * bundle * unit
+    if num_rows > most_rows:
+        sample = sample[:: -(-int(num_rows) // most_rows)]
     simulator = Simulator(shape, hardware, candidate.pair, candidate.limits, dtype, run.weight_reshard, unit, bundle)
     scale = 1.0
     if len(sample) < totals.num_requests:
@@ -291,16 +303,15 @@ def simulate(
     return Simulated(candidate, simulated, simulated.seconds * scale, totals.num_requests)
 
 
-def _most_bundled(candidate: Candidate, totals: InputTotals) -> int:
+def _most_bundled(candidate: Candidate, lengths: Sequence[RequestLength]) -> int:
     """The most sequences in a bundle that keep a simulation faithful: enough bundles are to be everywhere."""
     limits, pair = candidate.limits, candidate.pair
-    longest = blocks_for(candidate.run.max_model_len or 1, limits.block_size)
-    pool = min(limits.num_gpu_blocks, limits.num_host_blocks)
+    longest = blocks_for(max(sum(length) for length in lengths), limits.block_size)
     return min(
         _MOST_BUNDLED,
-        totals.num_requests // pair.dp // _LEAST_BUNDLES,
+        len(lengths) // pair.dp // _LEAST_BUNDLES,
         limits.max_num_seqs // max(pair.prefill.pp, pair.decode.pp) // _LEAST_GROUP,
-        pool // longest // _LEAST_LONGEST_IN_POOL,
+        min(limits.num_gpu_blocks, limits.num_host_blocks) // longest // _LEAST_LONGEST_IN_POOL,
     )
 
 
