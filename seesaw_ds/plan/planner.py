@@ -200,21 +200,25 @@ def _search(candidates: list[Candidate], rank: Simulate) -> tuple[list[Simulated
     ranked = list(first)
     for done in first:
         if done.seconds <= (1 + _TUNED_WITHIN) * first[0].seconds:
-            ranked += _other_sizes(done, by_pair[done.candidate.pair.with_equal_stages], rank)
+            best = min(each.seconds for each in ranked)
+            ranked += _other_sizes(done, by_pair[done.candidate.pair.with_equal_stages], best, rank)
     # A pair that decodes in its prefill layout to the end runs as that layout alone does, which is then preferred.
     ranked.sort(key=lambda done: (done.seconds, not done.candidate.pair.is_static))
     return ranked, pruned
 
 
-def _other_sizes(first: Simulated, sizes: list[Candidate], rank: Simulate) -> list[Simulated]:
-    """The pair of `first` with smaller and smaller micro-batches while that helps; if it does not, with larger ones."""
+def _other_sizes(first: Simulated, sizes: list[Candidate], least: float, rank: Simulate) -> list[Simulated]:
+    """The pair of `first` with smaller and smaller micro-batches while that helps; if it does not, with larger ones.
+
+    Sizes that cannot get below `least` seconds by their closed form are not tried.
+    """
     sizes = sorted(sizes, key=lambda size: size.run.max_num_batched_tokens)
     middle = sizes.index(first.candidate)
     tried: list[Simulated] = []
     for others in (sizes[:middle][::-1], sizes[middle + 1 :]):
         best = first
         for size in others:
-            if size.least_seconds >= best.seconds:
+            if size.least_seconds >= least:
                 break
             try:
                 done = rank(size, (1 + _FINALISTS_WITHIN) * best.seconds)
