@@ -161,7 +161,7 @@ class DecodeGroups:
         lacking: list[Sequence] = []
         block_size, victims = self._block_size, self._victims
         for seq in self._groups[group].values():
-            # `is_fully_issued` and `next_position` written out: nothing else runs once for every token.
+            # `is_fully_issued` and `next_position` written out, as this runs for every token.
             spec, num_issued = seq.spec, seq.num_issued_tokens
             if num_issued >= spec.max_tokens or seq.seq_id in victims or (seq.in_flight and seq.step_group != group):
                 continue
