@@ -82,7 +82,8 @@ class _Replica:
             max_num_batched_tokens=max(1, limits.max_num_batched_tokens // unit * self._rounds // bundle),
         )
         chooser = LayoutChoice(costs, reshard, limits, unit=unit, bundle=bundle) if stays and limits.may_stay else None
-        self.scheduler = Scheduler(counted_limits, max(1, shape.pairs_per_token // unit), layout_chooser=chooser)
+        pairs = max(1, shape.pairs_per_token // unit)
+        self.scheduler = Scheduler(counted_limits, pairs, layout_chooser=chooser, unit=unit)
         self.events: list[tuple[float, int, Event]] = []
         self.end = 0.0
         self.phase_seconds = dict.fromkeys(Phase, 0.0)

@@ -171,6 +171,16 @@ def test_units_change_the_seconds_by_little_and_the_transitions_not_at_all(layou
     assert coarse.mean_decode_batch == pytest.approx(fine.mean_decode_batch, rel=0.15)
 
 
+def test_a_full_gpu_is_filled_alike_in_any_unit():
+    lengths = [RequestLength(1000, 500)] * 300
+    model, machine = shape("llama3-8b"), hardware("l4")
+    run = run_config("D2P2->D2T2", lengths, 320.0, max_num_batched_tokens=512)
+    limits = limits_of(run, model, machine)
+    fine, coarse = (Simulator(model, machine, pair(run.layouts), limits, unit=unit).run(lengths) for unit in (1, 4))
+    assert coarse.seconds == pytest.approx(fine.seconds, rel=0.02)
+    assert coarse.mean_decode_batch == pytest.approx(fine.mean_decode_batch, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("layouts", "changes"),
     [
@@ -189,7 +199,8 @@ def test_bundles_change_the_seconds_by_little_and_the_transitions_not_at_all(lay
     assert coarse.seconds == pytest.approx(fine.seconds, rel=0.07)
     assert coarse.riding_share == pytest.approx(fine.riding_share, abs=0.1)
     assert coarse.num_transitions == fine.num_transitions
-    assert coarse.mean_decode_batch == pytest.approx(fine.mean_decode_batch, rel=0.3)
+    # The last few sequences are in one pipeline group, as a bundle, and not in a group each.
+    assert coarse.mean_decode_batch == pytest.approx(fine.mean_decode_batch, rel=0.35)
     assert coarse.num_requests == 300
 
 
