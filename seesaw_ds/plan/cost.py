@@ -52,6 +52,10 @@ class StepWork(NamedTuple):
         """An equal part of the work, rounded up."""
         return StepWork(*(-(-value // parts) for value in self)) if parts > 1 else self
 
+    def times(self, count: int) -> StepWork:
+        """As much work `count` times."""
+        return StepWork(*(count * value for value in self)) if count > 1 else self
+
 
 def chunk_work(start: int, num_tokens: int, is_last: bool) -> StepWork:
     """The work of prompt tokens ``start .. start + num_tokens``; the last chunk of a prompt samples a token."""

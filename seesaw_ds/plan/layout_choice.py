@@ -61,7 +61,8 @@ def choice_text(pair: LayoutPair, choice: int | None) -> str:
 class LayoutChoice:
     """Answers a scheduler's question by the cost model of both layouts, corrected by what the run has taken.
 
-    `limits` are the real ones of one replica; `unit` is how many tokens the scheduler counts as one.
+    `limits` are the real ones of one replica; `unit` and `bundle` are how many tokens and how many sequences the
+    scheduler counts as one.
     `planned_mean_tokens` is the mean output that the plan expected, infinite where outputs run to their most.
     """
 
@@ -72,6 +73,7 @@ class LayoutChoice:
         limits: SchedulerLimits,
         planned_mean_tokens: float = math.inf,
         unit: int = 1,
+        bundle: int = 1,
     ) -> None:
         self.corrections = Corrections()
         self._costs = costs
@@ -80,6 +82,7 @@ class LayoutChoice:
         self._room = Room(limits.num_gpu_blocks * limits.block_size, limits.max_num_seqs)
         self._planned_mean_tokens = planned_mean_tokens
         self._unit = unit
+        self._bundle = bundle
         self._last_sort = _AS_ALWAYS
         self._choices: list[Choice] = []
 
@@ -93,8 +96,10 @@ class LayoutChoice:
 
     def num_left_to_switch(self, batch: LiveBatch) -> int | None:
         """As `LayoutChooser` says."""
-        if self._unit > 1:
-            batch = self._in_tokens(batch)
+        num_left = self._choose(self._as_is(batch) if self._unit * self._bundle > 1 else batch)
+        return None if num_left is None else num_left // self._bundle
+
+    def _choose(self, batch: LiveBatch) -> int | None:
         planned = self._options(batch, self._planned_mean_tokens, Corrections()).best()
         now = self._options(batch, batch.mean_tokens, self.corrections)
         best = now.best()
@@ -115,14 +120,15 @@ class LayoutChoice:
             return _refill_options(model, refill(batch, mean_tokens, self._room))
         return _rundown_options(model, run_down(batch, mean_tokens, self._room))
 
-    def _in_tokens(self, batch: LiveBatch) -> LiveBatch:
-        """The batch with all lengths in tokens, not units."""
+    def _as_is(self, batch: LiveBatch) -> LiveBatch:
+        """The batch with its lengths in tokens, not units, and with each sequence of its bundles."""
+        unit, bundle = self._unit, self._bundle
 
-        def scaled(sequences: Iterable[LiveSequence]) -> tuple[LiveSequence, ...]:
-            return tuple(LiveSequence(self._unit * stored, self._unit * most) for stored, most in sequences)
+        def expanded(sequences: Iterable[LiveSequence]) -> tuple[LiveSequence, ...]:
+            return tuple(LiveSequence(unit * stored, unit * most) for stored, most in sequences for _ in range(bundle))
 
-        mean_tokens = self._unit * batch.mean_tokens
-        return LiveBatch(scaled(batch.on_gpu), scaled(batch.on_host), mean_tokens, batch.num_prompts_left)
+        on_gpu, on_host = expanded(batch.on_gpu), expanded(batch.on_host)
+        return LiveBatch(on_gpu, on_host, unit * batch.mean_tokens, bundle * batch.num_prompts_left)
 
 
 @dataclass(frozen=True, slots=True)

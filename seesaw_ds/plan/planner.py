@@ -2,12 +2,13 @@
 
 Pairs are simulated with one micro-batch size each, in the order of their closed form, which is optimistic. Once the
 next one's is above the best simulated time, no later one can win, and the search ends (branch and bound); it also ends
-after a fixed number of simulations, so that equal inputs always give equal plans. The fastest few pairs then try
-smaller and larger micro-batches, as long as that helps, and are simulated once more in detail. Stages are equal,
-or split to balance them where the closed form gains by it; the fastest few pairs are simulated both ways.
+after a fixed number of pairs, so that equal inputs always give equal plans. Pairs that are not far behind then try
+smaller and larger micro-batches, as long as that helps. All this is simulated coarsely. The few fastest settings are
+simulated in detail, and the best of them with its layers split in another way too, where the closed form knows one.
 
-For a large input the simulations count in units of several tokens; a still larger one is thinned as well, and the
-seconds are scaled by the ratio of the closed forms of the whole and the thinned input.
+Coarse simulations count in bundles of several sequences and in units of several tokens (`seesaw_ds.plan.simulator`).
+A very large input is thinned as well, and the seconds are scaled by the ratio of the closed forms of the whole and the
+thinned input.
 """
 
 from __future__ import annotations
@@ -28,31 +29,44 @@ from seesaw_ds.plan.outcome import SimulatedRun, TookTooLong
 from seesaw_ds.plan.simulator import Simulator
 from seesaw_ds.plan.static_search import CURRENT_ENGINE, StaticEngineKind, StaticPlan, best_static_plan, static_layouts
 from seesaw_ds.plan.workloads import RequestLength
+from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.shapes import ModelShape
 
-MAX_SIMULATIONS = 6
+MAX_PAIRS = 16
 """Pairs that are simulated."""
-NUM_FINALISTS = 2
-"""Pairs that try other micro-batch sizes, and are simulated again in more detail."""
-FIRST_TOKENS = {True: 512, False: 2048}
+FIRST_TOKENS = {True: 512, False: 1024}
 """The micro-batch size that is simulated first, with mixed steps and without."""
-_MOST_MERGED_TOKENS = 2048  # in the micro-batches that one simulated one stands for
 STATIC_TOKENS = 500_000
 """Output tokens of the yardstick's simulations, which take a time by steps, not by rows."""
 
+# Pairs this much slower than the best one at first try no other micro-batch size.
+_TUNED_WITHIN = 0.1
+# Settings that are simulated in detail: the fastest ones, if they are not this much slower than the first.
+_MAX_FINALISTS = 3
+_FINALISTS_WITHIN = 0.015
+# The coarsest simulations. Those of one effort differ little in it, so that what it does to them is much the same.
+_MOST_BUNDLED = 4
+_LARGEST_UNIT = 8
+# Counted in bundles, a replica has so many, a pipeline group has slots for so many, and a pool holds so many of the
+# longest. With 2 of the longest where there were 19 (70B, arxiv, A10) a run took 10 to 16% too long.
+_LEAST_BUNDLES = 32
+_LEAST_GROUP = 4
+_LEAST_LONGEST_IN_POOL = 4
+# A simulation takes about as long for so many prompt tokens as for one decode row.
+_PROMPT_TOKENS_A_ROW = 16
+
 
 class Effort(NamedTuple):
-    """How detailed a simulation is: decode rows to aim at by larger units, and the most requests and rows of all."""
+    """How detailed a simulation is: decode rows to aim at by bundles and then units, and the most requests."""
 
     num_rows: int
     most_requests: int
-    most_rows: int
 
 
-RANKING = Effort(40_000, 1200, 160_000)
-"""About half a second on one core."""
-FINAL = Effort(150_000, 3000, 600_000)
-"""Of the finalists: up to two seconds."""
+RANKING = Effort(33_000, 3000)
+"""About an eighth of a second on one core."""
+FINAL = Effort(600_000, 3000)
+"""Of the finalists: about a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +102,8 @@ class Simulated:
         return seconds * self.seconds / self.simulated.seconds
 
 
-class Rank(Protocol):
-    """Simulates a candidate at the effort of the ranking; TookTooLong as for `simulate`."""
+class Simulate(Protocol):
+    """Simulates a candidate at some effort; TookTooLong as for `simulate`."""
 
     def __call__(self, candidate: Candidate, stop_after: float = math.inf) -> Simulated: ...
 
@@ -98,7 +112,7 @@ class Rank(Protocol):
 class Plan:
     """The answer: the best candidate, the best static layout of an ordinary engine, and what became of the rest.
 
-    `ranking` holds what was simulated to rank it, best first; `best` is one of its first, simulated in more detail.
+    `ranking` holds the best simulation of each pair, `best` first, which was simulated in more detail than the others.
     `pruned` what could not win by its closed form, or was left out after the last simulation; `rejected` what cannot
     run.
     """
@@ -152,11 +166,12 @@ def make_plan(
     def rank(candidate: Candidate, stop_after: float = math.inf) -> Simulated:
         return simulate(candidate, shape, hardware, totals, lengths, RANKING, stop_after)
 
-    ranking, pruned = _search(candidates, rank)
-    best = simulate(ranking[0].candidate, shape, hardware, totals, lengths, FINAL)
-    for done in ranking[1:NUM_FINALISTS]:
-        with contextlib.suppress(TookTooLong):
-            best = simulate(done.candidate, shape, hardware, totals, lengths, FINAL, best.seconds)
+    def judge(candidate: Candidate, stop_after: float = math.inf) -> Simulated:
+        return simulate(candidate, shape, hardware, totals, lengths, FINAL, stop_after)
+
+    ranked, pruned = _search(candidates, rank)
+    best = _best_in_detail(ranked, judge)
+    ranking = [best, *_one_of_each_pair(ranked, best)]
     static = None
     if with_static:
         layouts = static_layouts(shape, num_devices, devices_per_node)
@@ -164,53 +179,98 @@ def make_plan(
     return Plan(best, static, ranking, pruned, rejected)
 
 
-def _search(candidates: list[Candidate], rank: Rank) -> tuple[list[Simulated], list[Candidate]]:
-    """Simulate candidates by rising bound until no other pair can win; one micro-batch size of each pair stays."""
+def _search(candidates: list[Candidate], rank: Simulate) -> tuple[list[Simulated], list[Candidate]]:
+    """Simulate candidates by rising bound until no other pair can win; what was simulated, fastest first, and the rest.
+
+    Of the rest there is one candidate of each pair.
+    """
     by_pair: dict[LayoutPair, list[Candidate]] = {}
     for candidate in candidates:
         by_pair.setdefault(candidate.pair.with_equal_stages, []).append(candidate)
-    ranking: list[Simulated] = []
+    first: list[Simulated] = []
     pruned: list[Candidate] = []
     for sizes in by_pair.values():
-        best = min((done.seconds for done in ranking), default=float("inf"))
-        if sizes[0].least_seconds >= best or len(ranking) == MAX_SIMULATIONS:
+        best = min((done.seconds for done in first), default=math.inf)
+        if sizes[0].least_seconds >= best or len(first) == MAX_PAIRS:
             pruned.append(sizes[0])
         else:
-            first = FIRST_TOKENS[sizes[0].run.mixed_steps]
-            ranking.append(rank(min(sizes, key=lambda size: abs(size.run.max_num_batched_tokens - first))))
-    ranking.sort(key=lambda done: done.seconds)
-    for i, finalist in enumerate(ranking[:NUM_FINALISTS]):
-        ranking[i] = _best_split(_tuned(finalist, by_pair[finalist.candidate.pair.with_equal_stages], rank), rank)
-    ranking.sort(key=lambda done: done.seconds)
-    return ranking, pruned
+            tokens = FIRST_TOKENS[sizes[0].run.mixed_steps]
+            first.append(rank(min(sizes, key=lambda size: abs(size.run.max_num_batched_tokens - tokens))))
+    first.sort(key=lambda done: done.seconds)
+    ranked = list(first)
+    for done in first:
+        if done.seconds <= (1 + _TUNED_WITHIN) * first[0].seconds:
+            best = min(each.seconds for each in ranked)
+            ranked += _other_sizes(done, by_pair[done.candidate.pair.with_equal_stages], best, rank)
+    # A pair that decodes in its prefill layout to the end runs as that layout alone does, which is then preferred.
+    ranked.sort(key=lambda done: (done.seconds, not done.candidate.pair.is_static))
+    return ranked, pruned
 
 
-def _tuned(first: Simulated, sizes: list[Candidate], rank: Rank) -> Simulated:
-    """The fastest of `first` and its pair's next smaller and larger micro-batches, and so on while that helps."""
+def _other_sizes(first: Simulated, sizes: list[Candidate], least: float, rank: Simulate) -> list[Simulated]:
+    """The pair of `first` with smaller and smaller micro-batches while that helps; if it does not, with larger ones.
+
+    Sizes that cannot get below `least` seconds by their closed form are not tried.
+    """
     sizes = sorted(sizes, key=lambda size: size.run.max_num_batched_tokens)
     middle = sizes.index(first.candidate)
-    best = first
+    tried: list[Simulated] = []
     for others in (sizes[:middle][::-1], sizes[middle + 1 :]):
+        best = first
         for size in others:
-            if size.least_seconds >= best.seconds:
+            if size.least_seconds >= least:
                 break
             try:
-                best = rank(size, best.seconds)
+                done = rank(size, (1 + _FINALISTS_WITHIN) * best.seconds)
             except TookTooLong:
                 break
+            tried.append(done)
+            if done.seconds >= best.seconds:
+                break
+            best = done
         if best is not first:
             break
-    return best
+    return tried
 
 
-def _best_split(first: Simulated, rank: Rank) -> Simulated:
+def _best_in_detail(ranked: list[Simulated], judge: Simulate) -> Simulated:
+    """The fastest of the first few of `ranked`, once they are simulated in detail."""
+    first, *others = _finalists(ranked)
+    best = judge(first)
+    for candidate in others:
+        with contextlib.suppress(TookTooLong):
+            best = judge(candidate, best.seconds)
+    return _best_split(best, judge)
+
+
+def _finalists(ranked: list[Simulated]) -> list[Candidate]:
+    """The first few that are not far behind; of those that ran alike the first one stands for all."""
+    by_seconds: dict[float, Candidate] = {}
+    for done in ranked:
+        if done.seconds <= (1 + _FINALISTS_WITHIN) * ranked[0].seconds:
+            by_seconds.setdefault(done.seconds, done.candidate)
+    return list(by_seconds.values())[:_MAX_FINALISTS]
+
+
+def _one_of_each_pair(ranked: list[Simulated], best: Simulated) -> list[Simulated]:
+    """The first simulation of each pair but that of `best`."""
+    seen = {best.candidate.pair.with_equal_stages}
+    others = []
+    for done in ranked:
+        if (layouts := done.candidate.pair.with_equal_stages) not in seen:
+            seen.add(layouts)
+            others.append(done)
+    return others
+
+
+def _best_split(first: Simulated, judge: Simulate) -> Simulated:
     """Of `first` and the other way to split its layers, the one with equal stages unless the other gains something."""
     if first.candidate.alternative is None:
         return first
     is_equal = first.candidate.pair.has_equal_stages
     worth = 1 - LEAST_GAIN if is_equal else 1 / (1 - LEAST_GAIN)
     try:
-        return rank(first.candidate.alternative, worth * first.seconds)
+        return judge(first.candidate.alternative, worth * first.seconds)
     except TookTooLong:
         return first
 
@@ -224,15 +284,19 @@ def simulate(
     effort: Effort,
     stop_after: float = math.inf,
 ) -> Simulated:
-    """Simulate in units, and if need be a part of the input. `totals` are those of `lengths`.
+    """Simulate in bundles and units, and if need be a part of the input. `totals` are those of `lengths`.
 
     Raises TookTooLong when the run takes `stop_after` simulated seconds or more.
     """
     run, dtype = candidate.run, dtype_name(candidate.run, shape)
-    num_tokens = totals.output_tokens * min(1.0, effort.most_requests / totals.num_requests)
-    unit = _unit(num_tokens, effort.num_rows, run.kv_block_size, _largest_unit(candidate))
-    sample = thinned(lengths, int(min(num_tokens, effort.most_rows * unit)))
-    simulator = Simulator(shape, hardware, candidate.pair, candidate.limits, dtype, run.weight_reshard, unit)
+    sample = thinned(lengths, totals.output_tokens * effort.most_requests // totals.num_requests)
+    num_rows = sum(length.output_tokens + length.input_tokens / _PROMPT_TOKENS_A_ROW for length in sample)
+    bundle = _factor(num_rows / effort.num_rows, _most_bundled(candidate, sample))
+    unit = _factor(num_rows / effort.num_rows / bundle, math.gcd(run.kv_block_size, _LARGEST_UNIT))
+    most_rows = 2 * effort.num_rows * bundle * unit
+    if num_rows > most_rows:
+        sample = sample[:: -(-int(num_rows) // most_rows)]
+    simulator = Simulator(shape, hardware, candidate.pair, candidate.limits, dtype, run.weight_reshard, unit, bundle)
     scale = 1.0
     if len(sample) < totals.num_requests:
         sample_bound = bound_seconds(
@@ -243,23 +307,21 @@ def simulate(
     return Simulated(candidate, simulated, simulated.seconds * scale, totals.num_requests)
 
 
-def _largest_unit(candidate: Candidate) -> int:
-    """The most tokens in a unit that keep a simulation faithful.
-
-    A simulated micro-batch with rows stands for as many real ones. Where decode steps go between micro-batches, each
-    waits for all of them, and the pools have to hold their prompts at once.
-    """
-    run = candidate.run
-    if not run.mixed_steps:
-        return run.max_num_batched_tokens
-    if candidate.limits.has_one_phase:
-        return 1
-    return _MOST_MERGED_TOKENS // run.max_num_batched_tokens
+def _most_bundled(candidate: Candidate, lengths: Sequence[RequestLength]) -> int:
+    """The most sequences in a bundle that keep a simulation faithful: enough bundles are to be everywhere."""
+    limits, pair = candidate.limits, candidate.pair
+    longest = blocks_for(max(sum(length) for length in lengths), limits.block_size)
+    return min(
+        _MOST_BUNDLED,
+        len(lengths) // pair.dp // _LEAST_BUNDLES,
+        limits.max_num_seqs // max(pair.prefill.pp, pair.decode.pp) // _LEAST_GROUP,
+        min(limits.num_gpu_blocks, limits.num_host_blocks) // longest // _LEAST_LONGEST_IN_POOL,
+    )
 
 
-def _unit(num_output_tokens: float, num_rows: int, block_size: int, largest: int) -> int:
-    """The smallest power of two, a divisor of a block, that brings the tokens to `num_rows`; at most `largest`."""
-    unit = 1
-    while num_output_tokens > num_rows * unit and block_size % (2 * unit) == 0 and 2 * unit <= largest:
-        unit *= 2
-    return unit
+def _factor(wanted: float, most: int) -> int:
+    """The smallest power of two from `wanted` on, or the largest one up to `most`; at least 1."""
+    factor = 1
+    while factor < wanted and 2 * factor <= most:
+        factor *= 2
+    return factor

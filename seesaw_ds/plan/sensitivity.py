@@ -11,7 +11,7 @@ from seesaw_ds.layout import LayoutPair
 from seesaw_ds.plan.bounds import InputTotals
 from seesaw_ds.plan.candidates import make_candidate
 from seesaw_ds.plan.hardware import HardwareProfile
-from seesaw_ds.plan.planner import FIRST_TOKENS, RANKING, simulate
+from seesaw_ds.plan.planner import FINAL, FIRST_TOKENS, simulate
 from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.shapes import ModelShape
 
@@ -74,4 +74,4 @@ def _throughput(
         candidate = make_candidate(settings, shape, hardware, totals)
     except UserError:
         return None
-    return simulate(candidate, shape, hardware, totals, lengths, RANKING).requests_per_second
+    return simulate(candidate, shape, hardware, totals, lengths, FINAL).requests_per_second

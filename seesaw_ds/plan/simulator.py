@@ -12,6 +12,10 @@ its group, one after the other, as a unit has tokens; they are taken to be alike
 
     2 stages     unit 1   group 0, 1, 0, 1, 0, 1, 0, 1
                  unit 2   group 0 twice, 1 twice, 0 twice, 1 twice
+
+It may also count in bundles of several sequences: those of a batch with about equal outputs go through everything
+together, and all that sequences share, which is slots, pools and micro-batches, shrinks by that factor. The number of
+steps stays, and so does the way in which a batch runs out; what is lost is that sequences start and end one by one.
 """
 
 from __future__ import annotations
@@ -19,8 +23,10 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise, repeat
+from operator import attrgetter
 
 from seesaw_ds.layout import LayoutPair, Phase
 from seesaw_ds.plan.cost import CostModel, StepWork, add_work, chunk_work
@@ -62,17 +68,22 @@ class _Replica:
         reshard: ReshardSeconds,
         hardware: HardwareProfile,
         unit: int,
+        bundle: int = 1,
         stays: bool = True,
     ) -> None:
         shape = costs[Phase.PREFILL].shape
         self._rounds = unit if limits.mixes_steps else 1  # real micro-batches in a simulated one
-        unit_limits = replace(
+        counted_limits = replace(
             limits,
             block_size=limits.block_size // unit,
-            max_num_batched_tokens=limits.max_num_batched_tokens // unit * self._rounds,
+            num_gpu_blocks=limits.num_gpu_blocks // bundle,
+            num_host_blocks=limits.num_host_blocks // bundle,
+            max_num_seqs=limits.max_num_seqs // bundle,
+            max_num_batched_tokens=max(1, limits.max_num_batched_tokens // unit * self._rounds // bundle),
         )
-        chooser = LayoutChoice(costs, reshard, limits, unit=unit) if stays and limits.may_stay else None
-        self.scheduler = Scheduler(unit_limits, max(1, shape.pairs_per_token // unit), layout_chooser=chooser)
+        chooser = LayoutChoice(costs, reshard, limits, unit=unit, bundle=bundle) if stays and limits.may_stay else None
+        pairs = max(1, shape.pairs_per_token // unit)
+        self.scheduler = Scheduler(counted_limits, pairs, layout_chooser=chooser, unit=unit)
         self.events: list[tuple[float, int, Event]] = []
         self.end = 0.0
         self.phase_seconds = dict.fromkeys(Phase, 0.0)
@@ -82,6 +93,7 @@ class _Replica:
         self.num_decode_rows = 0
         self.num_riding_rows = 0
         self._unit = unit
+        self._bundle = bundle
         self._costs = costs
         self._reshard = reshard
         self._num_answers = 0
@@ -90,7 +102,9 @@ class _Replica:
         self._stage_free = [0.0] * costs[Phase.PREFILL].layout.pp
         self._group_ready = [0.0] * costs[Phase.PREFILL].layout.pp
         self._lanes = [CopyLanes(hardware) for _ in range(max(cost.layout.pp for cost in costs.values()))]
-        self._rank_block_bytes = {phase: limits.block_size * cost.rank_kv_token_bytes for phase, cost in costs.items()}
+        self._rank_block_bytes = {  # of the block of each sequence in a bundle
+            phase: bundle * limits.block_size * cost.rank_kv_token_bytes for phase, cost in costs.items()
+        }
 
     def run_ahead(self, now: float) -> None:
         """Execute whatever the scheduler wants done now."""
@@ -151,6 +165,8 @@ class _Replica:
         prompts = add_work(
             *(chunk_work(unit * chunk.start, unit * chunk.num_tokens, chunk.is_last) for chunk in chunks)
         )
+        # A bundle's prompts come one after the other in longer chunks, which read what is before them less often.
+        prompts = prompts.times(self._bundle)._replace(prefill_context=prompts.prefill_context)
         rows = self._rows_work(batch.rows)
         work = add_work(prompts.divided_by(rounds), rows)
         seconds, send = cost.stage_seconds(work), self._send_seconds(cost, work)
@@ -164,9 +180,9 @@ class _Replica:
         done = ends[-1] + cost.sample_seconds(work.num_rows)
         if batch.rows:
             self._group_ready[batch.group] = done
-            self.num_riding_rows += len(batch.rows)
-        tokens = [(row.seq_id, 0) for row in batch.rows] + [(chunk.seq_id, 0) for chunk in chunks if chunk.is_last]
-        self._answer(done, PrefillDone(batch.step_id, tuple(tokens)))
+            self.num_riding_rows += rows.num_rows
+        last = [(chunk.seq_id, 0) for chunk in chunks if chunk.is_last]
+        self._answer(done, PrefillDone(batch.step_id, (*_tokens(batch.rows), *last)))
         for chunk in chunks:
             if chunk.host_block_ids:
                 num_bytes = len(chunk.host_block_ids) * self._rank_block_bytes[self._phase]
@@ -183,14 +199,15 @@ class _Replica:
         self._count_seconds(Phase.DECODE, ends[-1])
         done = ends[-1] + unit * cost.sample_seconds(work.num_rows)
         self._group_ready[batch.group] = done
-        self._answer(done, DecodeDone(batch.step_id, tuple([(row.seq_id, 0) for row in batch.rows])))
+        self._answer(done, DecodeDone(batch.step_id, tuple(_tokens(batch.rows))))
 
     def _rows_work(self, rows: Sequence[DecodeRow]) -> StepWork:
-        """The work of one token of each row."""
-        num_rows = len(rows)
-        self.num_decode_steps += num_rows > 0
-        self.num_decode_rows += num_rows
-        return self._costs[self._phase].decode_work([self._unit * (row.position + 1) for row in rows])
+        """The work of one token of each row, for all sequences of its bundle."""
+        work = self._costs[self._phase].decode_work([self._unit * (row.position + 1) for row in rows])
+        work = work.times(self._bundle)
+        self.num_decode_steps += work.num_rows > 0
+        self.num_decode_rows += work.num_rows
+        return work
 
     def _send_seconds(self, cost: CostModel, work: StepWork) -> float:
         return cost.send_seconds(work.num_tokens) if len(self._stage_free) > 1 else 0.0
@@ -199,7 +216,7 @@ class _Replica:
         copies = [max(lanes.in_free, lanes.out_free) for lanes in self._lanes]
         start = max(now, *self._stage_free, *copies)
         self._count_seconds(self._phase, start)
-        end = start + self._reshard.to(action.to, len(action.gpu_block_ids))
+        end = start + self._reshard.to(action.to, self._bundle * len(action.gpu_block_ids))
         self.transition_seconds += end - start
         self._part_end = end
         self._phase = action.to
@@ -209,18 +226,44 @@ class _Replica:
         self._answer(end, PhaseSwitched(action.to))
 
 
+def _tokens(rows: Iterable[DecodeRow]) -> Iterator[tuple[int, int]]:
+    """A token for each row; which one it is does not matter."""
+    return zip(map(attrgetter("seq_id"), rows), repeat(0), strict=False)
+
+
 def _round_trip(cost: CostModel, seconds: list[float], send: float, num_rows: int) -> float:
     """From the start of a micro-batch until its tokens are known to the first stage."""
     return sum(seconds) + (len(seconds) - 1) * send + cost.sample_seconds(num_rows)
+
+
+def _bundled(batch: list[RequestLength], size: int) -> list[RequestLength]:
+    """The mean lengths of bundles of neighbours in `batch`, which is sorted.
+
+    Where it cannot be cut into whole bundles, all lengths change a little, so that all tokens together stay as many.
+    """
+    if size == 1:
+        return batch
+    num_bundles = max(1, round(len(batch) / size))
+    cuts = [i * len(batch) // num_bundles for i in range(num_bundles + 1)]
+    scale = len(batch) / (num_bundles * size)
+
+    def mean(values: list[int]) -> int:
+        return max(1, round(scale * sum(values) / len(values)))
+
+    members = [batch[start:stop] for start, stop in pairwise(cuts)]
+    return [
+        RequestLength(mean([each.input_tokens for each in group]), mean([each.output_tokens for each in group]))
+        for group in members
+    ]
 
 
 @dataclass
 class Simulator:
     """Runs requests through an engine of `pair` on `hardware`; `limits` are those of one replica.
 
-    The outputs run to the lengths given. `unit` is how many tokens to count as one; it divides the block size. `stays`:
-    sequences may decode on in the prefill layout where that is predicted to be faster, as in a run with a profile.
-    Raises ValueError when a request cannot fit the pools.
+    The outputs run to the lengths given. `unit` is how many tokens to count as one; it divides the block size. `bundle`
+    is how many sequences to count as one. `stays`: sequences may decode on in the prefill layout where that is
+    predicted to be faster, as in a run with a profile. Raises ValueError when a request cannot fit the pools.
     """
 
     shape: ModelShape
@@ -230,9 +273,11 @@ class Simulator:
     dtype: str = "bfloat16"
     weight_reshard: str = "exchange"
     unit: int = 1
+    bundle: int = 1
     stays: bool = True
     _replicas: list[_Replica] = field(init=False, default_factory=list)
-    _waiting: deque[SequenceSpec] = field(init=False, default_factory=deque)
+    _waiting: deque[RequestLength] = field(init=False, default_factory=deque)
+    _num_dealt: int = field(init=False, default=0)
 
     def run(self, lengths: Sequence[RequestLength], stop_after: float = math.inf) -> SimulatedRun:
         """Simulate the whole input, from the first micro-batch to the last result.
@@ -244,9 +289,10 @@ class Simulator:
             self.shape, self.pair, self.hardware, self.dtype, self.weight_reshard, self.limits.block_size
         )
         self._replicas = [
-            _Replica(self.limits, costs, reshard, self.hardware, self.unit, self.stays) for _ in range(self.pair.dp)
+            _Replica(self.limits, costs, reshard, self.hardware, self.unit, self.bundle, self.stays)
+            for _ in range(self.pair.dp)
         ]
-        self._waiting = deque(self._spec(i, length) for i, length in enumerate(lengths))
+        self._waiting, self._num_dealt = deque(lengths), 0
         self._deal()
         order: list[tuple[float, int]] = []
         for index, replica in enumerate(self._replicas):
@@ -267,11 +313,12 @@ class Simulator:
         assert all(replica.scheduler.is_done for replica in self._replicas), "the simulated engine stalled"
         return self._outcome(len(lengths))
 
-    def _spec(self, seq_id: int, length: RequestLength) -> SequenceSpec:
-        """The request in units; it needs no more blocks than the real one."""
+    def _spec(self, length: RequestLength) -> SequenceSpec:
+        """The next request in units; it needs no more blocks than the real one."""
         prompt = max(1, round(length.input_tokens / self.unit))
         stored = round((length.input_tokens + length.output_tokens - 1) / self.unit)
-        return SequenceSpec(seq_id, prompt, max_tokens=max(1, stored - prompt + 1))
+        self._num_dealt += 1
+        return SequenceSpec(self._num_dealt, prompt, max_tokens=max(1, stored - prompt + 1))
 
     def _deal(self) -> None:
         """Give waiting requests to the replicas that want some: a batch each in turn, longest outputs first."""
@@ -283,8 +330,9 @@ class Simulator:
             for replica in wanting:
                 num_requests = min(self.limits.max_num_seqs, even_share, len(self._waiting))
                 batch = [self._waiting.popleft() for _ in range(num_requests)]
-                for spec in sorted(batch, key=lambda spec: -spec.max_tokens):
-                    replica.scheduler.add(spec)
+                batch.sort(key=lambda length: -length.output_tokens)
+                for length in _bundled(batch, self.bundle):
+                    replica.scheduler.add(self._spec(length))
         for replica in self._replicas:
             replica.scheduler.close_input()
 
@@ -292,6 +340,7 @@ class Simulator:
         for replica in self._replicas:
             replica.close()
         last = max(self._replicas, key=lambda replica: replica.end)
+        num_left = last.scheduler.num_left_after_stay
         num_steps = sum(replica.num_decode_steps for replica in self._replicas)
         num_rows = sum(replica.num_decode_rows for replica in self._replicas)
         return SimulatedRun(
@@ -301,8 +350,8 @@ class Simulator:
             decode_seconds=last.phase_seconds[Phase.DECODE],
             transition_seconds=last.transition_seconds,
             num_transitions=len(last.scheduler.transitions),
-            num_left_after_stay=last.scheduler.num_left_after_stay,
-            num_evictions=sum(replica.scheduler.stats().num_evictions for replica in self._replicas),
+            num_left_after_stay=None if num_left is None else self.bundle * num_left,
+            num_evictions=self.bundle * sum(replica.scheduler.stats().num_evictions for replica in self._replicas),
             busy_share=sum(replica.busy_seconds for replica in self._replicas) / (last.end * len(self._replicas)),
             mean_decode_batch=num_rows / num_steps if num_steps else 0.0,
             riding_share=sum(replica.num_riding_rows for replica in self._replicas) / num_rows if num_rows else 0.0,

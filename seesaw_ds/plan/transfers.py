@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from seesaw_ds.layout import LayoutPair, ParallelLayout, Phase
@@ -51,13 +51,19 @@ def reshard_seconds(
     return ReshardSeconds(ways[Phase.PREFILL], ways[Phase.DECODE])
 
 
-def _parts(source: ParallelLayout, target: ParallelLayout, num_layers: int, width: int) -> Iterator[tuple[int, int]]:
-    """Of each rank's new shard of `num_layers` x `width` parts: how many there are, how many it does not hold yet."""
+@cache
+def _parts(source: ParallelLayout, target: ParallelLayout, num_layers: int, width: int) -> tuple[tuple[int, int], ...]:
+    """Of each rank's new shard of `num_layers` x `width` parts: how many there are, how many it does not hold yet.
+
+    Kept, because a plan asks for it again with each micro-batch size.
+    """
+    parts = []
     for rank in range(target.replica_size):
         new = target.shard(rank, num_layers, width)
         kept = new.intersect(source.shard(rank, num_layers, width))
         num_new = new.layers.size * new.kv_heads.size
-        yield num_new, num_new - kept.layers.size * kept.kv_heads.size
+        parts.append((num_new, num_new - kept.layers.size * kept.kv_heads.size))
+    return tuple(parts)
 
 
 def _weights_seconds(
@@ -70,7 +76,7 @@ def _weights_seconds(
     weight_reshard: str,
 ) -> float:
     cell_bytes = shape.layer_parameters * DTYPE_BYTES[dtype] / cells
-    parts = list(_parts(source, target, shape.num_layers, cells))
+    parts = _parts(source, target, shape.num_layers, cells)
     if weight_reshard == "host":
         return max(num_new for num_new, _ in parts) * cell_bytes / hardware.host_to_device
     num_received = max(received for _, received in parts)

@@ -133,12 +133,12 @@ class DecodeGroups:
         """Issue a step of `group`; its rows, none when it has none to make now."""
         if self._num_in_flight[group] == _MAX_STEPS_IN_FLIGHT:
             return ()
-        rows = self._issue_rows(group)
+        rows, sequences = self._issue_rows(group)
         if rows:
             self._next_group = (group + 1) % len(self._groups)
             self._num_in_flight[group] += 1
-            self._batches[step_id] = (group, [self._groups[group][row.seq_id] for row in rows])
-        return rows
+            self._batches[step_id] = (group, sequences)
+        return tuple(rows)
 
     def _put(self, seq: Sequence, group: int) -> None:
         seq.group = group
@@ -146,21 +146,26 @@ class DecodeGroups:
 
     def _rebalance(self) -> None:
         while True:
-            sizes = [len(group) for group in self._groups]
-            largest, smallest = sizes.index(max(sizes)), sizes.index(min(sizes))
-            if sizes[largest] - sizes[smallest] <= 1:
+            sizes = list(map(len, self._groups))
+            most, least = max(sizes), min(sizes)
+            if most - least <= 1:
                 return
+            largest, smallest = sizes.index(most), sizes.index(least)
             _, seq = self._groups[largest].popitem()
             self._put(seq, smallest)
 
-    def _issue_rows(self, group: int) -> tuple[DecodeRow, ...]:
+    def _issue_rows(self, group: int) -> tuple[list[DecodeRow], list[Sequence]]:
+        """The rows of a step of `group`, and the sequence of each."""
         rows: list[DecodeRow] = []
+        sequences: list[Sequence] = []
         lacking: list[Sequence] = []
         block_size, victims = self._block_size, self._victims
         for seq in self._groups[group].values():
-            if seq.is_fully_issued or seq.seq_id in victims or (seq.in_flight and seq.step_group != group):
+            # `is_fully_issued` and `next_position` written out, as this runs for every token.
+            spec, num_issued = seq.spec, seq.num_issued_tokens
+            if num_issued >= spec.max_tokens or seq.seq_id in victims or (seq.in_flight and seq.step_group != group):
                 continue
-            position = seq.next_position
+            position = spec.num_prompt_tokens + num_issued - 1
             new_blocks: tuple[int, ...] = ()
             if position // block_size >= len(seq.gpu_blocks):
                 if not self._may_grow(seq):
@@ -169,14 +174,15 @@ class DecodeGroups:
                     lacking.append(seq)
                     continue
                 new_blocks = self._pools.grow(seq)
-            seq.num_issued_tokens += 1
+            seq.num_issued_tokens = num_issued + 1
             seq.in_flight += 1
             seq.step_group = group
             assert seq.slot is not None
             rows.append(DecodeRow(seq.seq_id, seq.slot, position, new_blocks))
+            sequences.append(seq)
         if lacking:
             self._mark_victims(lacking)
-        return tuple(rows)
+        return rows, sequences
 
     def _may_grow(self, seq: Sequence) -> bool:
         reserve = self._pools.reserve

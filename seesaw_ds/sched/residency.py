@@ -28,12 +28,14 @@ _FILL_TOKENS = 128
 
 
 class Residency:
-    """Decides who may be on the GPU, and brings in the sequences on the host."""
+    """Decides who may be on the GPU, and brings in the sequences on the host. `unit`: as for `Scheduler`."""
 
-    def __init__(self, pools: KvPools, block_size: int, forecast: LengthForecast) -> None:
+    def __init__(self, pools: KvPools, block_size: int, forecast: LengthForecast, unit: int = 1) -> None:
         self._pools = pools
         self._block_size = block_size
         self._forecast = forecast
+        self._yield_tokens = _YIELD_TOKENS // unit
+        self._fill_blocks = _FILL_TOKENS // unit // block_size + 1
         self._queue: list[tuple[tuple[int, int], int]] = []  # a heap of (rank, seq_id); ids not on the host are skipped
         self._on_host: dict[int, Sequence] = {}
         self._is_end_game = False
@@ -116,14 +118,14 @@ class Residency:
         if not self._on_host or not self._is_blocked:
             return None
         longest = self._tokens_to_go(self._first())
-        if longest <= 2 * _YIELD_TOKENS:
+        if longest <= 2 * self._yield_tokens:
             return None
         ahead = [
             seq
             for seq in running
             if not seq.is_fully_issued
             and seq.seq_id != self._pools.reserve.designated
-            and _YIELD_TOKENS < self._tokens_to_go(seq) <= longest - _YIELD_TOKENS
+            and self._yield_tokens < self._tokens_to_go(seq) <= longest - self._yield_tokens
         ]
         return min(ahead, key=lambda seq: (self._tokens_to_go(seq), seq.order), default=None)
 
@@ -155,8 +157,7 @@ class Residency:
             return True
         if not (self._is_decoding or self._is_end_game):
             return False
-        soon = _FILL_TOKENS // self._block_size + 1
-        if sum(held + min(growth, soon) for _, held, growth in together) > num_blocks:
+        if sum(held + min(growth, self._fill_blocks) for _, held, growth in together) > num_blocks:
             return False
         # Whoever is evicted needs host room, beside what the reserve rule keeps free: else residents stall.
         pools = self._pools

@@ -55,8 +55,9 @@ class Scheduler:
     context length at which a token's attention costs as much as its linear layers, about (parameters of a
     layer) / (2 x heads x head_dim). `expected_output_tokens` is a first guess of the outputs' lengths, for inputs
     whose `max_tokens` say little about them. `layout_chooser` is asked before each change to decode, where steps are
-    mixed and there are two layouts; without one the change is made at once. `phase` is the phase entered last,
-    `transitions` why each change happened.
+    mixed and there are two layouts; without one the change is made at once. `unit` is how many tokens the limits and
+    lengths count as one: several in a simulation. `phase` is the phase entered last, `transitions` why each change
+    happened.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Scheduler:
         pairs_per_token: int = 8192,
         expected_output_tokens: int | None = None,
         layout_chooser: LayoutChooser | None = None,
+        unit: int = 1,
     ) -> None:
         assert layout_chooser is None or limits.may_stay
         self.limits = limits
@@ -72,7 +74,7 @@ class Scheduler:
         self.transitions: list[TransitionReason] = []
         self._pools = KvPools(limits)
         self._forecast = LengthForecast(expected_output_tokens)
-        self._residency = Residency(self._pools, limits.block_size, self._forecast)
+        self._residency = Residency(self._pools, limits.block_size, self._forecast, unit)
         self._decode = DecodeGroups(limits, self._pools)
         self._prefill = PrefillQueue(limits, self._pools, self._residency, self._decode, pairs_per_token)
         self._staying = Staying(layout_chooser)

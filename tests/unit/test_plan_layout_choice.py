@@ -121,6 +121,16 @@ def test_units_change_no_choice():
     assert choice(SLOW, unit=8).num_left_to_switch(in_units(batch, 8)) == choice(SLOW).num_left_to_switch(batch)
 
 
+def test_bundles_stand_for_all_their_sequences():
+    bundles = live(32)
+    batch = bundles._replace(on_gpu=tuple(seq for seq in bundles.on_gpu for _ in range(4)))
+    num_left = choice(SLOW).num_left_to_switch(batch)
+    assert num_left is not None
+    assert 0 < num_left < 128
+    assert choice(SLOW, bundle=4).num_left_to_switch(bundles) == num_left // 4
+    assert choice(FAST, bundle=4).num_left_to_switch(bundles) is None
+
+
 def test_choices_in_words():
     texts = [choice_text(PAIR, each) for each in (None, 0, 24)]
     assert texts == ["decode in T8", "decode on in P8", "decode in P8 until 24 sequences are left"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -13,13 +14,32 @@ import pytest
 from plan_cases import ROOT, hardware, pair, run_config, shape
 from seesaw_ds.errors import UserError
 from seesaw_ds.plan.bounds import InputTotals
-from seesaw_ds.plan.candidates import Constraints, broken_rule, find_candidates, layout_pairs
-from seesaw_ds.plan.planner import RANKING, make_plan, simulate, thinned
+from seesaw_ds.plan.candidates import (
+    Candidate,
+    Constraints,
+    broken_rule,
+    find_candidates,
+    layout_pairs,
+    make_candidate,
+)
+from seesaw_ds.plan.outcome import TookTooLong
+from seesaw_ds.plan.planner import (
+    FINAL,
+    RANKING,
+    Simulated,
+    _best_in_detail,
+    _most_bundled,
+    _search,
+    make_plan,
+    simulate,
+    thinned,
+)
 from seesaw_ds.plan.report import plan_json, plan_table
 from seesaw_ds.plan.sensitivity import bandwidth_curves, output_ratio_curves
+from seesaw_ds.plan.simulator import Simulator
 from seesaw_ds.plan.static_engine import HostWork
 from seesaw_ds.plan.static_search import StaticEngineKind
-from seesaw_ds.plan.workloads import RequestLength, workload_lengths
+from seesaw_ds.plan.workloads import RequestLength, parse_workload, workload_lengths
 
 MODEL = shape("llama2-70b")
 A10 = hardware("a10")
@@ -74,6 +94,73 @@ def test_what_was_pruned_could_not_have_won(plan_70b_a10):
     assert plan_70b_a10.pruned
     for candidate in plan_70b_a10.pruned[:4]:
         assert simulate(candidate, MODEL, A10, totals, ARXIV, RANKING).seconds > best
+
+
+def in_seconds(seconds: dict[tuple[str, int], float], calls: list[tuple[str, int]]):
+    """A stand-in for a simulation that looks up what it is to answer, and writes down what it was asked."""
+
+    def rank(each: Candidate, stop_after: float = math.inf) -> Simulated:
+        calls.append((each.run.layouts, each.run.max_num_batched_tokens))
+        taken = seconds.get(calls[-1], 1e6)
+        if taken >= stop_after:
+            raise TookTooLong
+        return Simulated(each, simulated=None, seconds=taken, num_requests=500)
+
+    return rank
+
+
+def test_pairs_not_far_behind_try_other_micro_batch_sizes():
+    candidates, _ = find_candidates(RUN, MODEL, A10, 8, 8, InputTotals.of(ARXIV))
+    seconds = {("P8->T8", 512): 900.0, ("P8->T4P2", 512): 950.0, ("T2P4->T8", 512): 1200.0}
+    seconds |= {("P8->T8", 256): 920.0, ("P8->T8", 1024): 890.0, ("P8->T8", 2048): 890.0, ("P8->T4P2", 256): 880.0}
+    calls: list[tuple[str, int]] = []
+    ranked, pruned = _search(candidates, in_seconds(seconds, calls))
+    assert (ranked[0].candidate.run.layouts, ranked[0].candidate.run.max_num_batched_tokens) == ("P8->T4P2", 256)
+    assert {tokens for layouts, tokens in calls if layouts == "P8->T8"} == {256, 512, 1024, 2048}
+    assert {tokens for layouts, tokens in calls if layouts == "P8->T4P2"} == {256, 512}
+    assert {tokens for layouts, tokens in calls if layouts == "T2P4->T8"} == {512}
+    names = {done.candidate.run.layouts for done in ranked} | {candidate.run.layouts for candidate in pruned}
+    assert names == {candidate.run.layouts for candidate in candidates}
+
+
+def test_the_fastest_in_detail_wins_and_equal_runs_are_examined_once():
+    candidates, _ = find_candidates(RUN, MODEL, A10, 8, 8, InputTotals.of(ARXIV))
+    by_layouts = {each.run.layouts: each for each in candidates if each.run.max_num_batched_tokens == 512}
+    coarse = {"P8": 100.0, "P8->T8": 100.0, "P8->T4P2": 101.0, "T2P4->T8": 101.2, "T4P2->T8": 101.4, "T8": 110.0}
+    ranked = [Simulated(by_layouts[layouts], None, seconds, 500) for layouts, seconds in coarse.items()]
+    fine = {("P8", 512): 100.5, ("P8->T4P2", 512): 99.0, ("T2P4->T8", 512): 100.0, ("T4P2->T8", 512): 1.0}
+    calls: list[tuple[str, int]] = []
+    best = _best_in_detail(ranked, in_seconds(fine, calls))
+    assert best.candidate.run.layouts == "P8->T4P2"
+    assert [layouts for layouts, _ in calls] == ["P8", "P8->T4P2", "T2P4->T8"]
+
+
+@pytest.mark.parametrize("workload", ["arxiv:500", "sharegpt:600"])
+@pytest.mark.parametrize("layouts", ["P8->T4P2", "T2P4"])
+def test_a_coarse_simulation_is_near_the_exact_one(workload, layouts):
+    lengths = workload_lengths(*parse_workload(workload))
+    totals = InputTotals.of(lengths)
+    run = run_config(layouts, lengths, 640.0, max_num_batched_tokens=512)
+    candidate = make_candidate(run, MODEL, A10, totals)
+    exact, coarse = (simulate(candidate, MODEL, A10, totals, lengths, effort) for effort in (FINAL, RANKING))
+    whole = Simulator(MODEL, A10, pair(layouts), candidate.limits).run(lengths)
+    assert exact.simulated == whole
+    assert coarse.simulated != whole
+    assert coarse.seconds == pytest.approx(whole.seconds, rel=0.06)
+
+
+def test_few_requests_and_small_pools_are_not_bundled():
+    candidate = make_candidate(replace(RUN, layouts="P8->T8"), MODEL, A10, InputTotals.of(ARXIV))
+    limits = candidate.limits
+    for changes, most in (
+        ({}, 4),
+        ({"num_gpu_blocks": 4000}, 3),
+        ({"num_gpu_blocks": 1000}, 0),
+        ({"max_num_seqs": 64}, 2),
+    ):
+        assert _most_bundled(replace(candidate, limits=replace(limits, **changes)), ARXIV) == most
+    assert _most_bundled(candidate, ARXIV[:100]) == 3
+    assert _most_bundled(candidate, ARXIV[:30]) == 0
 
 
 def test_a_plan_says_how_long_it_decodes_in_the_prefill_layout(plan_70b_a10):

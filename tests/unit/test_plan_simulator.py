@@ -14,7 +14,7 @@ from seesaw_ds.plan.bounds import InputTotals, bound_seconds
 from seesaw_ds.plan.cost import CostModel
 from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.outcome import SimulatedRun, TookTooLong
-from seesaw_ds.plan.simulator import Simulator, _Replica
+from seesaw_ds.plan.simulator import Simulator, _bundled, _Replica
 from seesaw_ds.plan.static_engine import BatchPolicy, StaticEngineLimits, run_static_engine
 from seesaw_ds.plan.transfers import reshard_seconds
 from seesaw_ds.plan.workloads import RequestLength, workload_lengths
@@ -29,13 +29,14 @@ def simulate(
     lengths: list[RequestLength],
     host_gib: float = 640.0,
     unit: int = 1,
+    bundle: int = 1,
     machine: HardwareProfile = A10,
     stays: bool = True,
     **changes,
 ):
     run = run_config(layouts, lengths, host_gib, **changes)
     limits = limits_of(run, MODEL, machine)
-    return Simulator(MODEL, machine, pair(layouts), limits, unit=unit, stays=stays).run(lengths)
+    return Simulator(MODEL, machine, pair(layouts), limits, unit=unit, bundle=bundle, stays=stays).run(lengths)
 
 
 def replica(layouts: str) -> _Replica:
@@ -128,6 +129,9 @@ def test_on_slow_links_a_large_batch_decodes_in_the_prefill_layout(changes):
     assert choosing.seconds < 0.6 * at_once.seconds
     assert 0 < choosing.num_left_after_stay < 100  # the last ones are still faster in the decode layout
     assert choosing.num_transitions == 1
+    bundled = simulate("P8->T8", lengths, machine=slow, max_num_batched_tokens=512, unit=4, bundle=2, **changes)
+    assert bundled.seconds == pytest.approx(choosing.seconds, rel=0.06)
+    assert bundled.num_left_after_stay == pytest.approx(choosing.num_left_after_stay, abs=16)
     assert at_once.num_left_after_stay is None
 
 
@@ -154,6 +158,7 @@ def test_equal_inputs_give_equal_runs():
         ("P8->T8", {"max_num_batched_tokens": 512}),
         ("P8->T4P2", {"mixed_steps": False}),
         ("T8", {"mixed_steps": False}),
+        ("T4P2", {"max_num_batched_tokens": 512}),
     ],
 )
 @pytest.mark.parametrize("workload", ["arxiv", "sharegpt"])
@@ -164,6 +169,57 @@ def test_units_change_the_seconds_by_little_and_the_transitions_not_at_all(layou
     assert coarse.riding_share == pytest.approx(fine.riding_share, abs=0.1)
     assert coarse.num_transitions == fine.num_transitions
     assert coarse.mean_decode_batch == pytest.approx(fine.mean_decode_batch, rel=0.15)
+
+
+def test_a_full_gpu_is_filled_alike_in_any_unit():
+    lengths = [RequestLength(1000, 500)] * 300
+    model, machine = shape("llama3-8b"), hardware("l4")
+    run = run_config("D2P2->D2T2", lengths, 320.0, max_num_batched_tokens=512)
+    limits = limits_of(run, model, machine)
+    fine, coarse = (Simulator(model, machine, pair(run.layouts), limits, unit=unit).run(lengths) for unit in (1, 4))
+    assert coarse.seconds == pytest.approx(fine.seconds, rel=0.02)
+    assert coarse.mean_decode_batch == pytest.approx(fine.mean_decode_batch, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("layouts", "changes"),
+    [
+        ("P8->T4P2", {"max_num_batched_tokens": 256}),
+        ("P8->T8", {"max_num_batched_tokens": 512}),
+        ("P8->T4P2", {"mixed_steps": False}),
+        ("P8", {"max_num_batched_tokens": 512}),
+        ("T8", {"mixed_steps": False}),
+    ],
+)
+@pytest.mark.parametrize("workload", ["arxiv", "sharegpt"])
+@pytest.mark.parametrize("unit", [1, 4])
+def test_bundles_change_the_seconds_by_little_and_the_transitions_not_at_all(layouts, changes, workload, unit):
+    lengths = workload_lengths(workload, 300)
+    fine, coarse = (simulate(layouts, lengths, **size, **changes) for size in ({}, {"unit": unit, "bundle": 4}))
+    assert coarse.seconds == pytest.approx(fine.seconds, rel=0.07)
+    assert coarse.riding_share == pytest.approx(fine.riding_share, abs=0.1)
+    assert coarse.num_transitions == fine.num_transitions
+    # The last few sequences are in one pipeline group, as a bundle, and not in a group each.
+    assert coarse.mean_decode_batch == pytest.approx(fine.mean_decode_batch, rel=0.35)
+    assert coarse.num_requests == 300
+
+
+@pytest.mark.parametrize("num_requests", [8, 100, 125, 256])
+def test_bundles_have_all_tokens_of_a_batch_and_its_order(num_requests):
+    batch = sorted(workload_lengths("sharegpt", num_requests), key=lambda length: -length.output_tokens)
+    bundles = _bundled(batch, 4)
+    assert len(bundles) == round(num_requests / 4)
+    for values, bundled in zip(zip(*batch), zip(*bundles)):
+        assert 4 * sum(bundled) == pytest.approx(sum(values), rel=0.02)
+    outputs = [length.output_tokens for length in bundles]
+    assert outputs == sorted(outputs, reverse=True)
+    assert _bundled(batch, 1) == batch
+
+
+def test_a_bundle_asks_for_as_much_as_its_sequences_together():
+    one, four = (simulate("P8->T4P2", [RequestLength(1000, 200)] * 64, bundle=bundle) for bundle in (1, 4))
+    assert four.seconds == pytest.approx(one.seconds, rel=0.03)
+    assert four.mean_decode_batch == pytest.approx(one.mean_decode_batch, rel=0.1)
 
 
 @pytest.mark.parametrize("layouts", ["P8->T4P2", "P8->T8", "T8", "P8", "T4P2->T8", "T2P4->T4P2"])
