@@ -3,8 +3,8 @@
     python tools/calibrate.py                                          all GPUs, or two ranks on a CPU machine
     NCCL_P2P_DISABLE=1 python tools/calibrate.py                       the same machine as if joined by PCIe alone
 
-It starts one process a device, which measure at the same time, then the engine twice for a moment. Leave the machine
-alone meanwhile: whatever else runs is measured too. ``layouts: auto`` then finds the profile by itself.
+It starts one process a device, which measure at the same time, then the engine for a moment, on CPU twice. Leave the
+machine alone meanwhile: whatever else runs is measured too. ``layouts: auto`` then finds the profile by itself.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Figures = dict[str, Any]
 
 _QUIET_LOAD = 0.5
 # The small runs: about all sequences are in every decode step, so its steps are alike.
-_NUM_REQUESTS = (4, 24)
+_FEW_REQUESTS, _MANY_REQUESTS = 4, 24
 _PROMPT_TOKENS = 16
 _OUTPUT_TOKENS = 129
 _TINY_MODEL: dict[str, Any] = {
@@ -149,8 +149,14 @@ def _rounded(value: Any) -> Any:
 
 
 def host_seconds(figures: Figures, num_ranks: int, folder: Path) -> Figures:
-    """What the engine takes beyond the layers of a tiny model: per decode step, and per row of one."""
-    few, many = (_host_seconds_of_a_step(figures, num_ranks, n, folder / str(n)) for n in _NUM_REQUESTS)
+    """What the engine takes beyond the layers of a tiny model: per decode step, and per row of one.
+
+    On GPUs a step's host work is done while the one before computes, rows and all; so there it is per step alone.
+    """
+    many = _host_seconds_of_a_step(figures, num_ranks, _MANY_REQUESTS, folder / "many")
+    if is_cuda():
+        return {"step_seconds": max(1e-6, many[1])}
+    few = _host_seconds_of_a_step(figures, num_ranks, _FEW_REQUESTS, folder / "few")
     row_seconds = max(0.0, (many[1] - few[1]) / (many[0] - few[0]))
     found = {"step_seconds": max(1e-6, few[1] - row_seconds * few[0])}
     return found | ({"row_seconds": row_seconds} if row_seconds else {})

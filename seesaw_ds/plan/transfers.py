@@ -80,7 +80,7 @@ def _weights_seconds(
     if weight_reshard == "host":
         return max(num_new for num_new, _ in parts) * cell_bytes / hardware.host_to_device
     num_received = max(received for _, received in parts)
-    return num_received * cell_bytes / hardware.send_bandwidth + hardware.send_seconds * shape.num_layers
+    return num_received * cell_bytes / _exchange_bandwidth(hardware) + hardware.send_seconds * shape.num_layers
 
 
 def _kv_block_seconds(
@@ -94,9 +94,13 @@ def _kv_block_seconds(
     part_bytes = shape.kv_block_bytes(1, 1, block_size, dtype)
     bandwidth = hardware.memory_bandwidth * hardware.memory_efficiency
     return max(
-        part_bytes * (2 * num_new / bandwidth + num_received / hardware.send_bandwidth)
+        part_bytes * (2 * num_new / bandwidth + num_received / _exchange_bandwidth(hardware))
         for num_new, num_received in _parts(source, target, shape.num_layers, shape.num_kv_heads)
     )
+
+
+def _exchange_bandwidth(hardware: HardwareProfile) -> float:
+    return hardware.exchange_bandwidth or hardware.send_bandwidth
 
 
 @dataclass(slots=True)

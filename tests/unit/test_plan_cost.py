@@ -170,6 +170,16 @@ def test_exchange_moves_what_is_missing_and_host_reload_everything():
     assert static.to(Phase.DECODE, 100) == static.to(Phase.PREFILL, 100) == 0.0
 
 
+def test_an_exchange_may_be_slower_than_a_send():
+    machine = replace(hardware("h200-p2p-off"), send_seconds=1e-12, exchange_bandwidth=2e10)
+    reshard = reshard_seconds(MODEL, pair("P2->T2"), machine, "bfloat16", "exchange", 16)
+    assert reshard.to(Phase.DECODE) == pytest.approx(80 * MODEL.layer_parameters * 2 / 4 / 2e10)
+    block_bytes = 2 * 80 * 8 * 16 * 128 * 2
+    in_memory = 2 / 2 / (machine.memory_bandwidth * machine.memory_efficiency)
+    blocks = reshard.to(Phase.DECODE, 1000) - reshard.to(Phase.DECODE)
+    assert blocks == pytest.approx(1000 * block_bytes * (in_memory + 1 / 4 / 2e10))
+
+
 def test_kv_on_the_devices_moves_where_its_owner_changes_and_is_rewritten_everywhere():
     machine = hardware("h200-p2p-off")
     block_bytes = 2 * 80 * 8 * 16 * 128 * 2
