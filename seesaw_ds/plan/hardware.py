@@ -56,7 +56,7 @@ class HardwareProfile:
     pads_decode                1 when decode attention reads every row as if it were as long as the step's longest
     element_bandwidth          bytes/s of norms, activations and residual additions; else that of weights
     row_seconds                host work per sampled row, beside that per step; else nothing
-    exchange_bandwidth         bytes/s each way of weights and KV that change places between devices; else that of a send
+    exchange_bandwidth         bytes/s each way of weights and KV that change places; else that of a send
     runtime_bytes              of a device's memory: what CUDA, NCCL and the engine's own buffers take; else nothing
     """
 

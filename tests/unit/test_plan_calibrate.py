@@ -75,7 +75,26 @@ def test_the_hosts_work_is_what_decode_steps_of_the_engine_take_beyond_their_lay
     figures = FIGURES | LINKS | {"attention_efficiency": 0.5}
     found = calibrate.host_seconds(figures, 2, tmp_path)
     assert found == {"step_seconds": pytest.approx(step_seconds), "row_seconds": pytest.approx(row_seconds)}
-    assert layer_seconds[0] < layer_seconds[1]
+    assert layer_seconds[0] > layer_seconds[1]
     row_seconds = 0.0
     (tmp_path / "again").mkdir()
     assert calibrate.host_seconds(figures, 2, tmp_path / "again")["step_seconds"] == pytest.approx(step_seconds)
+
+
+def test_on_gpus_the_hosts_work_is_by_the_step_and_one_run_tells(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    runs = []
+
+    def run_engine(config: Path, num_ranks: int, summary: Path) -> Figures:
+        runs.append(yaml.safe_load(config.read_text())["max_num_seqs"])
+        return {"decode_steps": 256, "decode_rows": 256 * runs[-1], "phase_seconds": {"prefill": 1.0, "decode": 128.0}}
+
+    monkeypatch.setattr(calibrate, "_run_engine", run_engine)
+    monkeypatch.setattr(calibrate, "is_cuda", lambda: True)
+    linear = {"bfloat16": FIGURES["linear"]["float32"]}
+    figures = FIGURES | LINKS | {"attention_efficiency": 0.5, "linear": linear, "flops": {"bfloat16": 1e12}}
+    found = calibrate.host_seconds(figures, 1, tmp_path)
+    assert list(found) == ["step_seconds"]
+    assert 0.4 < found["step_seconds"] < 0.5
+    assert runs == [calibrate._MANY_REQUESTS]
