@@ -10,6 +10,7 @@ machine alone meanwhile: whatever else runs is measured too. ``layouts: auto`` t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +92,24 @@ def measure(rank: int, world_size: int, rendezvous: str, result: str) -> None:
     dist.destroy_process_group()
 
 
+@contextlib.contextmanager
+def part(name: str) -> Iterator[None]:
+    """The first rank says how long it took."""
+    start = time.monotonic()
+    yield
+    if dist.get_rank() == 0:
+        print(f"  {name}: {time.monotonic() - start:.0f} s", flush=True)
+
+
 def measure_figures(sizes: Sizes, device: torch.device) -> Figures:
     """All that ranks can measure without the engine around them; collective."""
     dtype = getattr(torch, sizes.dtypes[0])
-    linear = {name: linear_points(sizes, name, device) for name in sizes.dtypes}
+    with part("matrix products"):
+        linear = {name: linear_points(sizes, name, device) for name in sizes.dtypes}
+    with part("all-reduces and sends"):
+        links = link_figures(sizes, dtype, device) if dist.get_world_size() > 1 else {}
+    with part("copies"):
+        copies = copy_rates(sizes, device)
     figures: Figures = {
         "memory_bytes": torch.cuda.get_device_properties(device).total_memory
         if device.type == "cuda"
@@ -101,10 +117,12 @@ def measure_figures(sizes: Sizes, device: torch.device) -> Figures:
         "linear": linear,
         "flops": {name: max(2 * tokens / seconds for tokens, seconds in points) for name, points in linear.items()},
         "memory_bandwidth": dtype.itemsize / linear[sizes.dtypes[0]][0][1],
-        **(link_figures(sizes, dtype, device) if dist.get_world_size() > 1 else {}),
-        **copy_rates(sizes, device),
+        **links,
+        **copies,
     }
-    figures |= layer_figures(sizes, make_profile({**figures, "layer_seconds": 1e-6, "step_seconds": 1e-6}), device)
+    with part("layers"):
+        profile = make_profile({**figures, "layer_seconds": 1e-6, "step_seconds": 1e-6})
+        figures |= layer_figures(sizes, profile, device)
     if device.type == "cuda":
         figures["runtime_bytes"] = runtime_bytes()
     return figures
@@ -245,7 +263,7 @@ def main() -> int:
         )
         figures = json.loads(result.read_text())
         figures["step_seconds"] = 1e-6
-        print(f"  {time.monotonic() - start:.0f} s; now the engine with a tiny model", flush=True)
+        print(f"  {time.monotonic() - start:.0f} s so far; now the engine with a tiny model", flush=True)
         figures |= host_seconds(figures, num_ranks, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
