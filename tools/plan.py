@@ -144,8 +144,8 @@ def main() -> int:
         drawn = [plan.best.candidate.pair]
         drawn += [LayoutPair(layout, layout) for layout in dict.fromkeys((drawn[0].prefill, drawn[0].decode))]
         curves = [
-            output_ratio_curves(run, shape, hardware, drawn),
-            bandwidth_curves(run, shape, hardware, drawn, lengths),
+            output_ratio_curves(run, shape, hardware, drawn, static),
+            bandwidth_curves(run, shape, hardware, drawn, lengths, static),
         ]
         draw(arguments.plot, curves)
     return 0

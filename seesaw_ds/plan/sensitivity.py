@@ -1,7 +1,12 @@
-"""Throughput of given layouts against one changing figure: output length, or all-reduce bandwidth."""
+"""Throughput of given layouts against one changing figure: output length, or all-reduce bandwidth.
+
+As in the paper's figures, a single layout is that of an ordinary engine at its best setting, the planner's yardstick.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +16,9 @@ from seesaw_ds.layout import LayoutPair
 from seesaw_ds.plan.bounds import InputTotals
 from seesaw_ds.plan.candidates import make_candidate
 from seesaw_ds.plan.hardware import HardwareProfile
-from seesaw_ds.plan.planner import FINAL, FIRST_TOKENS, simulate
+from seesaw_ds.plan.outcome import TookTooLong
+from seesaw_ds.plan.planner import FINAL, FIRST_TOKENS, RANKING, simulate
+from seesaw_ds.plan.static_search import CURRENT_ENGINE, StaticEngineKind, best_static_plan
 from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.shapes import ModelShape
 
@@ -23,7 +30,10 @@ _NUM_REQUESTS = 200
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """Requests per second by layouts, one value for each of `x`; None where the layouts do not fit."""
+    """Requests per second by layouts, one value for each of `x`; None where the layouts do not fit.
+
+    The name of a single layout says that it is the static engine's.
+    """
 
     x_label: str
     x: tuple[float, ...]
@@ -32,14 +42,18 @@ class Curves:
 
 
 def output_ratio_curves(
-    run: RunConfig, shape: ModelShape, hardware: HardwareProfile, pairs: Sequence[LayoutPair]
+    run: RunConfig,
+    shape: ModelShape,
+    hardware: HardwareProfile,
+    pairs: Sequence[LayoutPair],
+    static_kind: StaticEngineKind = CURRENT_ENGINE,
 ) -> Curves:
     """Against the ratio of output to input tokens, with 3000 tokens in; ratio 0 is one token out."""
-    values: dict[str, list[float | None]] = {str(pair): [] for pair in pairs}
+    values: dict[str, list[float | None]] = {_name(pair): [] for pair in pairs}
     for ratio in OUTPUT_RATIOS:
         lengths = [RequestLength(_INPUT_TOKENS, max(1, round(_INPUT_TOKENS * ratio)))] * _NUM_REQUESTS
         for pair in pairs:
-            values[str(pair)].append(_throughput(run, shape, hardware, pair, lengths))
+            values[_name(pair)].append(_throughput(run, shape, hardware, pair, lengths, static_kind))
     return Curves("output tokens / input tokens", OUTPUT_RATIOS, False, values)
 
 
@@ -49,29 +63,48 @@ def bandwidth_curves(
     hardware: HardwareProfile,
     pairs: Sequence[LayoutPair],
     lengths: Sequence[RequestLength],
+    static_kind: StaticEngineKind = CURRENT_ENGINE,
 ) -> Curves:
     """Against the all-reduce bandwidth, as a factor of the machine's; latencies stay."""
-    values: dict[str, list[float | None]] = {str(pair): [] for pair in pairs}
+    values: dict[str, list[float | None]] = {_name(pair): [] for pair in pairs}
     for factor in BANDWIDTH_FACTORS:
         machine = hardware.with_all_reduce_scaled(factor)
         for pair in pairs:
-            values[str(pair)].append(_throughput(run, shape, machine, pair, lengths))
+            values[_name(pair)].append(_throughput(run, shape, machine, pair, lengths, static_kind))
     return Curves("all-reduce bandwidth, factor", BANDWIDTH_FACTORS, True, values)
 
 
+def _name(pair: LayoutPair) -> str:
+    return f"{pair}, static engine" if pair.is_static else str(pair)
+
+
 def _throughput(
+    run: RunConfig,
+    shape: ModelShape,
+    hardware: HardwareProfile,
+    pair: LayoutPair,
+    lengths: Sequence[RequestLength],
+    static_kind: StaticEngineKind,
+) -> float | None:
+    settings = replace(run, max_model_len=max(sum(length) for length in lengths))
+    if pair.is_static:
+        plan = best_static_plan(settings, shape, hardware, [pair.prefill], lengths, static_kind)
+        return None if plan is None else plan.simulated.requests_per_second
+    return _best_size(settings, shape, hardware, pair, lengths)
+
+
+def _best_size(
     run: RunConfig, shape: ModelShape, hardware: HardwareProfile, pair: LayoutPair, lengths: Sequence[RequestLength]
 ) -> float | None:
-    settings = replace(
-        run,
-        layouts=str(pair),
-        weight_reshard=run.weight_reshard if pair.is_nested else "host",
-        max_model_len=max(sum(length) for length in lengths),
-        max_num_batched_tokens=FIRST_TOKENS[run.mixed_steps],
-    )
+    """With the fastest of the micro-batch size that the planner tries first, half of it and twice as much."""
+    first = FIRST_TOKENS[run.mixed_steps]
+    weight_reshard = run.weight_reshard if pair.is_nested else "host"
     totals = InputTotals.of(lengths)
-    try:
-        candidate = make_candidate(settings, shape, hardware, totals)
-    except UserError:
-        return None
-    return simulate(candidate, shape, hardware, totals, lengths, FINAL).requests_per_second
+    best, seconds = None, math.inf
+    for tokens in (first, first // 2, 2 * first):
+        settings = replace(run, layouts=str(pair), weight_reshard=weight_reshard, max_num_batched_tokens=tokens)
+        with contextlib.suppress(UserError, TookTooLong):
+            candidate = make_candidate(settings, shape, hardware, totals)
+            seconds = simulate(candidate, shape, hardware, totals, lengths, RANKING, seconds).seconds
+            best = candidate
+    return None if best is None else simulate(best, shape, hardware, totals, lengths, FINAL).requests_per_second

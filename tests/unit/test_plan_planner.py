@@ -285,26 +285,34 @@ def test_json_and_table_name_the_static_engine(plan_70b_a10):
     assert "best static engine with virtual engines: " in plan_table(plan)
 
 
-def test_the_output_ratio_curve_puts_resharding_on_top_for_short_outputs(monkeypatch):
-    monkeypatch.setattr("seesaw_ds.plan.sensitivity.OUTPUT_RATIOS", (0.0, 0.05, 0.1))
+def test_the_output_ratio_curve_puts_resharding_on_top(monkeypatch):
+    """The order of the paper's figure: PP8 first at one token out, TP4PP2 once decode dominates, PP8->TP4PP2 always."""
+    monkeypatch.setattr("seesaw_ds.plan.sensitivity.OUTPUT_RATIOS", (0.0, 0.05, 0.15))
     pairs = [pair(text) for text in ("P8", "T4P2", "P8->T4P2")]
     rates = output_ratio_curves(RUN, MODEL, A10, pairs).requests_per_second
-    assert rates["P8"][0] > 1.5 * rates["T4P2"][0]
-    assert rates["P8"][2] < rates["T4P2"][2]  # falls fast with the outputs' length
-    for one, other, both in zip(rates["P8"], rates["T4P2"], rates["P8->T4P2"]):
-        assert both >= 0.99 * max(one, other)
+    pipeline, tensor, both = (rates[name] for name in ("P8, static engine", "T4P2, static engine", "P8->T4P2"))
+    assert pipeline[0] > 1.5 * tensor[0]
+    assert pipeline[2] < tensor[2]  # falls fast with the outputs' length
+    assert all(pair > max(one, other) for one, other, pair in zip(pipeline, tensor, both))
 
 
-def test_the_bandwidth_curve_has_resharding_above_its_two_static_layouts():
+def test_the_bandwidth_curve_has_resharding_above_its_two_static_layouts(monkeypatch):
+    monkeypatch.setattr("seesaw_ds.plan.sensitivity.BANDWIDTH_FACTORS", (0.1, 1.0, 10.0))
     model = shape("codellama-34b")
     lengths = workload_lengths("arxiv", 100)
     pairs = [pair(text) for text in ("D2P4", "D2T4", "D2P4->D2T4")]
     curves = bandwidth_curves(run_config("auto", lengths, 640.0), model, A10, pairs, lengths)
     rates = curves.requests_per_second
-    assert rates["D2P4"][0] == pytest.approx(rates["D2P4"][-1])  # a pipeline has no all-reduce
-    assert rates["D2T4"][0] < rates["D2T4"][-1]
-    for one, other, both in list(zip(rates["D2P4"], rates["D2T4"], rates["D2P4->D2T4"]))[1:4]:
-        assert both > max(one, other)
+    pipeline, tensor, both = (rates[name] for name in ("D2P4, static engine", "D2T4, static engine", "D2P4->D2T4"))
+    assert pipeline[0] == pytest.approx(pipeline[-1])  # a pipeline has no all-reduce
+    assert tensor[0] < tensor[-1]
+    assert all(pair > max(one, other) for one, other, pair in zip(pipeline, tensor, both))
+
+
+def test_a_curve_has_a_gap_where_layouts_do_not_fit(monkeypatch):
+    monkeypatch.setattr("seesaw_ds.plan.sensitivity.OUTPUT_RATIOS", (0.0,))
+    curves = output_ratio_curves(RUN, MODEL, A10, [pair("D4T2"), pair("D4P2->D4T2")])
+    assert curves.requests_per_second == {"D4T2, static engine": [None], "D4P2->D4T2": [None]}
 
 
 def test_the_command_line_prints_json_and_names_mistakes():
