@@ -1,4 +1,4 @@
-"""What tools/calibrate.py measures between ranks: all-reduces by size and number of ranks, sends."""
+"""What tools/calibrate.py measures between ranks: all-reduces by size and number of ranks, sends, exchanges."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from calibration_device import Sizes, captured, typical_seconds
 from profile_layers import BLOCK_SIZE
 from seesaw_ds.model.backends import choose_backends
 from seesaw_ds.parallel.all_reduce import ONE_SHOT_MAX_BYTES, choose_all_reduce
+from seesaw_ds.parallel.transport import choose_transport
 
 _CALLS = 10
 
 
 def link_figures(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """All-reduces and sends, as a hardware profile names them; collective over at least two ranks."""
-    return {"all_reduce": all_reduce_points(sizes, dtype, device), **send_rates(sizes, dtype, device)}
+    """All-reduces, sends and exchanges, as a hardware profile names them; collective over at least two ranks."""
+    return {
+        "all_reduce": all_reduce_points(sizes, dtype, device),
+        **send_rates(sizes, dtype, device),
+        "exchange_bandwidth": exchange_bandwidth(sizes, device),
+    }
 
 
 def all_reduce_points(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[int, list[list[float]]]:
@@ -75,3 +80,18 @@ def _one_way_seconds(num_bytes: int, dtype: torch.dtype, device: torch.device) -
             dist.send(tensor, peer)
 
     return typical_seconds(run, device) / 2
+
+
+def exchange_bandwidth(sizes: Sizes, device: torch.device) -> float:
+    """Bytes/s each way when ranks next to each other swap tensors as a change of layout does, all pairs at once."""
+    rank, num_bytes = dist.get_rank(), sizes.send_bytes[1]
+    peer = rank ^ 1
+    transport = choose_transport(dist.new_group(), device)
+    sent, received = (torch.ones(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
+    has_peer = peer < dist.get_world_size()  # the last of an odd number has nobody
+    sends, receives = ([(sent, peer)], [(received, peer)]) if has_peer else ([], [])
+
+    def run() -> None:
+        transport.exchange(sends, receives).wait()
+
+    return num_bytes / typical_seconds(run, device)

@@ -8,6 +8,7 @@ import torch
 
 from calibrate import make_profile, measure_figures
 from calibration_device import CPU_SIZES, MIB
+from calibration_links import exchange_bandwidth
 from harness import run_ranks
 from seesaw_ds.layout import ParallelLayout
 from seesaw_ds.plan.cost import CostModel, StepWork
@@ -40,7 +41,15 @@ def test_two_ranks_measure_a_whole_profile(monkeypatch) -> None:
         assert [tokens for tokens, _ in profile.linear["float32"]] == [1, 8, 64]
         assert profile.pads_decode == 1.0
         assert set(profile.all_reduce) == {2}
+        assert profile.exchange_bandwidth is not None and profile.exchange_bandwidth < 1e12
         assert profile.duplex <= min(profile.host_to_device, profile.device_to_host)
         cost = CostModel(SIZES.shape, profile, ParallelLayout(tp=2), "float32")
         layer = cost.layer_seconds(StepWork(num_tokens=4, decode_context=256, num_rows=4))
         assert 2 * profile.all_reduce_seconds(4 * 256 * 4, 2) < layer < 1.0
+
+
+def test_the_last_of_an_odd_number_has_nobody_to_swap_with(monkeypatch) -> None:
+    monkeypatch.setattr("calibration_device._SPAN_SECONDS", 0.002)
+    monkeypatch.setattr("calibration_device._NUM_SPANS", 2)
+    rates = run_ranks(3, exchange_bandwidth, SIZES, torch.device("cpu"))
+    assert rates[0] > 0 and rates[1] > 0
