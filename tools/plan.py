@@ -13,19 +13,28 @@ import argparse
 import importlib
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tqdm import tqdm
+
 from seesaw_ds.config import RunConfig
 from seesaw_ds.engine.hardware import PROFILES, find_hardware
 from seesaw_ds.errors import UserError, exit_with
-from seesaw_ds.layout import LayoutPair
-from seesaw_ds.plan.planner import make_plan
+from seesaw_ds.plan.hardware import HardwareProfile
+from seesaw_ds.plan.planner import Plan, make_plan
 from seesaw_ds.plan.report import plan_json, plan_table
-from seesaw_ds.plan.sensitivity import Curves, bandwidth_curves, output_ratio_curves
+from seesaw_ds.plan.sensitivity import (
+    BANDWIDTH_FACTORS,
+    OUTPUT_RATIOS,
+    Curves,
+    bandwidth_curves,
+    output_ratio_curves,
+)
 from seesaw_ds.plan.static_engine import HostWork
 from seesaw_ds.plan.static_search import StaticEngineKind
 from seesaw_ds.plan.workloads import RequestLength, workload_lengths
@@ -90,13 +99,36 @@ def input_lengths(path: Path, folder: Path, shape: ModelShape) -> list[RequestLe
     return lengths
 
 
-def draw(path: Path, curves: list[Curves]) -> None:
-    """Write the curves side by side as a PNG. Raises UserError without matplotlib."""
+def find_plotting() -> Any:
+    """The module that draws. Raises UserError without matplotlib."""
     try:
-        plotting = importlib.import_module("matplotlib.figure")
+        return importlib.import_module("matplotlib.figure")
     except ImportError:
         raise UserError("--plot: needs matplotlib; install it, for example as pip install 'seesaw-ds[plot]'") from None
-    figure: Any = plotting.Figure(figsize=(6 * len(curves), 4.5), layout="constrained")
+
+
+def make_curves(
+    plan: Plan,
+    run: RunConfig,
+    shape: ModelShape,
+    hardware: HardwareProfile,
+    lengths: Sequence[RequestLength],
+    static: StaticEngineKind,
+) -> list[Curves]:
+    """Of the best pair, and of its two layouts in the static engine; with a progress bar."""
+    pair = plan.best.candidate.pair
+    layouts = list(dict.fromkeys((pair.prefill, pair.decode)))
+    num_points = (1 + len(layouts)) * (len(OUTPUT_RATIOS) + len(BANDWIDTH_FACTORS))
+    with tqdm(total=num_points, desc="curves", unit="point") as bar:
+        return [
+            output_ratio_curves(run, shape, hardware, [pair], layouts, static, bar.update),
+            bandwidth_curves(run, shape, hardware, [pair], layouts, lengths, static, bar.update),
+        ]
+
+
+def draw(path: Path, curves: list[Curves], plotting: Any) -> None:
+    """Write the curves side by side as a PNG."""
+    figure = plotting.Figure(figsize=(6 * len(curves), 4.5), layout="constrained")
     for axes, curve in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves):
         for name, values in curve.requests_per_second.items():
             points = [(x, y) for x, y in zip(curve.x, values) if y is not None]
@@ -110,6 +142,7 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.input and not arguments.model:
         raise UserError("--input: the prompts are counted in tokens; give the model's folder with --model")
+    plotting = find_plotting() if arguments.plot else None
     if arguments.model:
         config = read_hf_config(arguments.model)
     else:
@@ -141,13 +174,7 @@ def main() -> int:
     plan = make_plan(run, shape, hardware, arguments.gpus, lengths, arguments.gpus_per_node, static_kind=static)
     print(json.dumps(plan_json(plan), indent=2) if arguments.json else plan_table(plan))
     if arguments.plot:
-        drawn = [plan.best.candidate.pair]
-        drawn += [LayoutPair(layout, layout) for layout in dict.fromkeys((drawn[0].prefill, drawn[0].decode))]
-        curves = [
-            output_ratio_curves(run, shape, hardware, drawn, static),
-            bandwidth_curves(run, shape, hardware, drawn, lengths, static),
-        ]
-        draw(arguments.plot, curves)
+        draw(arguments.plot, make_curves(plan, run, shape, hardware, lengths, static), plotting)
     return 0
 
 

@@ -1,18 +1,18 @@
 """Throughput of given layouts against one changing figure: output length, or all-reduce bandwidth.
 
-As in the paper's figures, a single layout is that of an ordinary engine at its best setting, the planner's yardstick.
+As in the paper's figures, static layouts are those of an ordinary engine at its best setting, the planner's yardstick.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from seesaw_ds.config import RunConfig
 from seesaw_ds.errors import UserError
-from seesaw_ds.layout import LayoutPair
+from seesaw_ds.layout import LayoutPair, ParallelLayout
 from seesaw_ds.plan.bounds import InputTotals
 from seesaw_ds.plan.candidates import make_candidate
 from seesaw_ds.plan.hardware import HardwareProfile
@@ -32,7 +32,7 @@ _NUM_REQUESTS = 200
 class Curves:
     """Requests per second by layouts, one value for each of `x`; None where the layouts do not fit.
 
-    The name of a single layout says that it is the static engine's.
+    Of a layout of the yardstick the name says so.
     """
 
     x_label: str
@@ -41,19 +41,29 @@ class Curves:
     requests_per_second: dict[str, list[float | None]]
 
 
+def _nothing() -> None:
+    pass
+
+
 def output_ratio_curves(
     run: RunConfig,
     shape: ModelShape,
     hardware: HardwareProfile,
     pairs: Sequence[LayoutPair],
+    static_layouts: Sequence[ParallelLayout],
     static_kind: StaticEngineKind = CURRENT_ENGINE,
+    on_point: Callable[[], object] = _nothing,
 ) -> Curves:
-    """Against the ratio of output to input tokens, with 3000 tokens in; ratio 0 is one token out."""
-    values: dict[str, list[float | None]] = {_name(pair): [] for pair in pairs}
+    """Against the ratio of output to input tokens, with 3000 tokens in; ratio 0 is one token out.
+
+    `on_point` is called as each point of each curve is known, after about a second.
+    """
+    values: dict[str, list[float | None]] = {}
     for ratio in OUTPUT_RATIOS:
         lengths = [RequestLength(_INPUT_TOKENS, max(1, round(_INPUT_TOKENS * ratio)))] * _NUM_REQUESTS
-        for pair in pairs:
-            values[_name(pair)].append(_throughput(run, shape, hardware, pair, lengths, static_kind))
+        for name, value in _points(run, shape, hardware, pairs, static_layouts, lengths, static_kind):
+            values.setdefault(name, []).append(value)
+            on_point()
     return Curves("output tokens / input tokens", OUTPUT_RATIOS, False, values)
 
 
@@ -62,35 +72,37 @@ def bandwidth_curves(
     shape: ModelShape,
     hardware: HardwareProfile,
     pairs: Sequence[LayoutPair],
+    static_layouts: Sequence[ParallelLayout],
     lengths: Sequence[RequestLength],
     static_kind: StaticEngineKind = CURRENT_ENGINE,
+    on_point: Callable[[], object] = _nothing,
 ) -> Curves:
-    """Against the all-reduce bandwidth, as a factor of the machine's; latencies stay."""
-    values: dict[str, list[float | None]] = {_name(pair): [] for pair in pairs}
+    """Against the all-reduce bandwidth, as a factor of the machine's; latencies stay. `on_point` as above."""
+    values: dict[str, list[float | None]] = {}
     for factor in BANDWIDTH_FACTORS:
         machine = hardware.with_all_reduce_scaled(factor)
-        for pair in pairs:
-            values[_name(pair)].append(_throughput(run, shape, machine, pair, lengths, static_kind))
+        for name, value in _points(run, shape, machine, pairs, static_layouts, lengths, static_kind):
+            values.setdefault(name, []).append(value)
+            on_point()
     return Curves("all-reduce bandwidth, factor", BANDWIDTH_FACTORS, True, values)
 
 
-def _name(pair: LayoutPair) -> str:
-    return f"{pair}, static engine" if pair.is_static else str(pair)
-
-
-def _throughput(
+def _points(
     run: RunConfig,
     shape: ModelShape,
     hardware: HardwareProfile,
-    pair: LayoutPair,
+    pairs: Sequence[LayoutPair],
+    static_layouts: Sequence[ParallelLayout],
     lengths: Sequence[RequestLength],
     static_kind: StaticEngineKind,
-) -> float | None:
+) -> Iterator[tuple[str, float | None]]:
+    """Each curve's name and value at one place."""
     settings = replace(run, max_model_len=max(sum(length) for length in lengths))
-    if pair.is_static:
-        plan = best_static_plan(settings, shape, hardware, [pair.prefill], lengths, static_kind)
-        return None if plan is None else plan.simulated.requests_per_second
-    return _best_size(settings, shape, hardware, pair, lengths)
+    for pair in pairs:
+        yield str(pair), _best_size(settings, shape, hardware, pair, lengths)
+    for layout in static_layouts:
+        plan = best_static_plan(settings, shape, hardware, [layout], lengths, static_kind)
+        yield f"{layout}, static engine", None if plan is None else plan.simulated.requests_per_second
 
 
 def _best_size(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from plan_cases import ROOT, hardware, pair, run_config, shape
 from seesaw_ds.errors import UserError
+from seesaw_ds.layout import ParallelLayout
 from seesaw_ds.plan.bounds import InputTotals
 from seesaw_ds.plan.candidates import (
     Candidate,
@@ -288,8 +290,8 @@ def test_json_and_table_name_the_static_engine(plan_70b_a10):
 def test_the_output_ratio_curve_puts_resharding_on_top(monkeypatch):
     """The order of the paper's figure: PP8 first at one token out, TP4PP2 once decode dominates, PP8->TP4PP2 always."""
     monkeypatch.setattr("seesaw_ds.plan.sensitivity.OUTPUT_RATIOS", (0.0, 0.05, 0.15))
-    pairs = [pair(text) for text in ("P8", "T4P2", "P8->T4P2")]
-    rates = output_ratio_curves(RUN, MODEL, A10, pairs).requests_per_second
+    layouts = [ParallelLayout.parse(text) for text in ("P8", "T4P2")]
+    rates = output_ratio_curves(RUN, MODEL, A10, [pair("P8->T4P2")], layouts).requests_per_second
     pipeline, tensor, both = (rates[name] for name in ("P8, static engine", "T4P2, static engine", "P8->T4P2"))
     assert pipeline[0] > 1.5 * tensor[0]
     assert pipeline[2] < tensor[2]  # falls fast with the outputs' length
@@ -300,9 +302,9 @@ def test_the_bandwidth_curve_has_resharding_above_its_two_static_layouts(monkeyp
     monkeypatch.setattr("seesaw_ds.plan.sensitivity.BANDWIDTH_FACTORS", (0.1, 1.0, 10.0))
     model = shape("codellama-34b")
     lengths = workload_lengths("arxiv", 100)
-    pairs = [pair(text) for text in ("D2P4", "D2T4", "D2P4->D2T4")]
-    curves = bandwidth_curves(run_config("auto", lengths, 640.0), model, A10, pairs, lengths)
-    rates = curves.requests_per_second
+    layouts = [ParallelLayout.parse(text) for text in ("D2P4", "D2T4")]
+    run = run_config("auto", lengths, 640.0)
+    rates = bandwidth_curves(run, model, A10, [pair("D2P4->D2T4")], layouts, lengths).requests_per_second
     pipeline, tensor, both = (rates[name] for name in ("D2P4, static engine", "D2T4, static engine", "D2P4->D2T4"))
     assert pipeline[0] == pytest.approx(pipeline[-1])  # a pipeline has no all-reduce
     assert tensor[0] < tensor[-1]
@@ -311,8 +313,11 @@ def test_the_bandwidth_curve_has_resharding_above_its_two_static_layouts(monkeyp
 
 def test_a_curve_has_a_gap_where_layouts_do_not_fit(monkeypatch):
     monkeypatch.setattr("seesaw_ds.plan.sensitivity.OUTPUT_RATIOS", (0.0,))
-    curves = output_ratio_curves(RUN, MODEL, A10, [pair("D4T2"), pair("D4P2->D4T2")])
-    assert curves.requests_per_second == {"D4T2, static engine": [None], "D4P2->D4T2": [None]}
+    points = []
+    layouts = [ParallelLayout.parse("D4T2")]
+    curves = output_ratio_curves(RUN, MODEL, A10, [pair("D4P2->D4T2")], layouts, on_point=lambda: points.append(1))
+    assert curves.requests_per_second == {"D4P2->D4T2": [None], "D4T2, static engine": [None]}
+    assert len(points) == 2
 
 
 def test_the_command_line_prints_json_and_names_mistakes():
@@ -327,3 +332,17 @@ def test_the_command_line_prints_json_and_names_mistakes():
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: no layout of 2 x a10 fits")
     assert "Traceback" not in failed.stderr
+
+
+def test_a_plot_is_drawn_of_the_best_pair_and_its_layouts(tmp_path):
+    """With matplotlib installed; without it the command says so before it plans."""
+    command = [sys.executable, str(ROOT / "tools" / "plan.py"), "--model-shape", "llama3-8b", "--hardware", "h100"]
+    command += ["--workload", "300x30", "--requests", "40", "--gpus", "2", "--kv-offloading-size", "16"]
+    picture = tmp_path / "plot.png"
+    done = subprocess.run([*command, "--plot", str(picture)], capture_output=True, text=True, timeout=240)
+    if importlib.util.find_spec("matplotlib") is None:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: --plot: needs matplotlib")
+    else:
+        assert done.returncode == 0, done.stderr
+        assert picture.read_bytes().startswith(b"\x89PNG")
