@@ -46,7 +46,7 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
             )
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
-        # Megatron's own, which prepares for training, takes 75 us of the host's time around this.
+        # Megatron's own, which prepares for training, takes some 8 us more of the host's time.
         return F.linear(input_, self.weight, self.bias), None
 
 

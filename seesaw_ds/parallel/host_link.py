@@ -16,13 +16,11 @@ from __future__ import annotations
 import torch
 
 from seesaw_ds.layout import ParallelLayout, RankCoords
-from seesaw_ds.parallel.host_transport import Lane, Ring, ring_bytes
+from seesaw_ds.parallel.host_transport import LINE_BYTES, MAX_SLOT_BYTES, Lane, Ring, ring_bytes
 from seesaw_ds.parallel.links import most_unread_steps
 from seesaw_ds.parallel.shared_memory import NodeSharedMapping
 from seesaw_ds.parallel.transport import Handle
 
-_LINE_BYTES = 64
-_MAX_SLOT_BYTES = 16 << 20  # larger hidden states go in parts
 _TOKEN_SLOT_BYTES = 64 << 10  # 8,192 rows
 
 
@@ -34,7 +32,7 @@ class PipelineRings:
 
     def __init__(self, layout: ParallelLayout, hidden_bytes: int) -> None:
         self.layout = layout
-        self.slot_bytes = -(-min(hidden_bytes, _MAX_SLOT_BYTES) // _LINE_BYTES) * _LINE_BYTES
+        self.slot_bytes = -(-min(hidden_bytes, MAX_SLOT_BYTES) // LINE_BYTES) * LINE_BYTES
         self._num_token_slots = most_unread_steps(layout.pp) + 2
         self._tokens_offset = (layout.pp - 1) * ring_bytes(self.slot_bytes)
         self._pipeline_bytes = self._tokens_offset + ring_bytes(_TOKEN_SLOT_BYTES, self._num_token_slots)
@@ -71,7 +69,6 @@ class HostStagedLink:
         self._to_next = rings.hidden(mapping, coords.tp, coords.pp) if coords.pp < rings.layout.pp - 1 else None
         self._from_previous = rings.hidden(mapping, coords.tp, coords.pp - 1) if coords.pp else None
         self._tokens = rings.tokens(mapping, coords.tp)
-        self._hidden_slot_bytes = rings.slot_bytes
         self._hidden_size = hidden_size
         self._dtype = dtype
         self._device = device
@@ -82,35 +79,35 @@ class HostStagedLink:
     def send_hidden(self, hidden: torch.Tensor) -> None:
         """See `PipelineLink`."""
         assert self._to_next is not None, "the last stage has none to send to"
-        self._send(self._to_next, hidden, self._hidden_slot_bytes)
+        self._send(self._to_next, hidden)
 
     def recv_hidden(self, num_tokens: int) -> torch.Tensor:
         """See `PipelineLink`."""
         assert self._from_previous is not None, "the first stage has none to receive from"
         hidden = torch.empty((num_tokens, self._hidden_size), dtype=self._dtype, device=self._device)
-        return self._recv(self._from_previous, hidden, self._hidden_slot_bytes)
+        return self._recv(self._from_previous, hidden)
 
     def send_tokens(self, token_ids: torch.Tensor) -> None:
         """See `PipelineLink`."""
-        self._send(self._tokens, token_ids, _TOKEN_SLOT_BYTES)
+        self._send(self._tokens, token_ids)
 
     def recv_tokens(self, num_rows: int) -> torch.Tensor:
         """See `PipelineLink`."""
         token_ids = torch.empty(num_rows, dtype=torch.int64, device=self._device)
-        return self._recv(self._tokens, token_ids, _TOKEN_SLOT_BYTES)
+        return self._recv(self._tokens, token_ids)
 
-    def _send(self, ring: Ring, tensor: torch.Tensor, slot_bytes: int) -> None:
+    def _send(self, ring: Ring, tensor: torch.Tensor) -> None:
         # The last one has had a step's time to be copied; from here on its memory may be used again.
         self._last_send.wait()
         tensor = tensor.contiguous()
         self._outgoing.follow()
-        for piece in _pieces(tensor, slot_bytes):
+        for piece in ring.pieces(tensor):
             ring.write(self._outgoing, piece)
         self._last_send = Handle([self._outgoing.end()], [tensor])
 
-    def _recv(self, ring: Ring, tensor: torch.Tensor, slot_bytes: int) -> torch.Tensor:
+    def _recv(self, ring: Ring, tensor: torch.Tensor) -> torch.Tensor:
         self._incoming.follow()
-        for piece in _pieces(tensor, slot_bytes):
+        for piece in ring.pieces(tensor):
             ring.read(self._incoming, piece)
         self._incoming.end().wait()
         return tensor
@@ -118,7 +115,3 @@ class HostStagedLink:
     def drain(self) -> None:
         """See `PipelineLink`."""
         self._last_send.wait()
-
-
-def _pieces(tensor: torch.Tensor, slot_bytes: int) -> tuple[torch.Tensor, ...]:
-    return tensor.view(-1).view(torch.uint8).split(slot_bytes)

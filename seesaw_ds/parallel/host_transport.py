@@ -25,7 +25,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations, zip_longest
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NUM_SLOTS = 4
-_MAX_SLOT_BYTES = 16 << 20  # half a millisecond at the link's rate, some fifty times what queueing a piece costs
+MAX_SLOT_BYTES = 16 << 20  # half a millisecond at the link's rate, some fifty times what queueing a piece costs
 _MAX_RINGS_BYTES = 1 << 30  # of all pairs together
-_LINE_BYTES = 64  # each flag has a cache line of its own
-_LINE_FLAGS = _LINE_BYTES // torch.int32.itemsize
+LINE_BYTES = 64  # each flag has a cache line of its own
+_LINE_FLAGS = LINE_BYTES // torch.int32.itemsize
 _MAX_LANES_TRIED = 16
 _PROBE_SECONDS = 0.01  # a thousand times what the probe's work takes
 _PROBE_BYTES = 64 << 10  # small copies to the device may be made in the command itself, by no copy engine
@@ -82,12 +82,11 @@ class HostStagedTransport:
     def __init__(
         self, ranks: Sequence[int], rank: int, mapping: NodeSharedMapping, outgoing: Lane, incoming: Lane
     ) -> None:
-        self._slot_bytes = slot_bytes(len(ranks))
         self._outgoing = outgoing
         self._incoming = incoming
-        pairs = list(permutations(ranks, 2))
-        offsets = {pair: index * ring_bytes(self._slot_bytes) for index, pair in enumerate(pairs)}
-        rings = {pair: Ring(mapping, offset, self._slot_bytes) for pair, offset in offsets.items() if rank in pair}
+        size = slot_bytes(len(ranks))
+        offsets = {pair: index * ring_bytes(size) for index, pair in enumerate(permutations(ranks, 2))}
+        rings = {pair: Ring(mapping, offset, size) for pair, offset in offsets.items() if rank in pair}
         self._rings_to = {receiver: ring for (sender, receiver), ring in rings.items() if sender == rank}
         self._rings_from = {sender: ring for (sender, receiver), ring in rings.items() if receiver == rank}
 
@@ -96,22 +95,22 @@ class HostStagedTransport:
         self._outgoing.follow()
         self._incoming.follow()
         # This order is what the module's text relies on.
-        for outgoing, incoming in zip_longest(self._turns(sends), self._turns(receives), fillvalue=()):
+        turns = zip_longest(_turns(sends, self._rings_to), _turns(receives, self._rings_from), fillvalue=())
+        for outgoing, incoming in turns:
             for peer, piece in outgoing:
                 self._rings_to[peer].write(self._outgoing, piece)
             for peer, piece in incoming:
                 self._rings_from[peer].read(self._incoming, piece)
         return Handle([self._outgoing.end(), self._incoming.end()], [tensor for tensor, _ in (*sends, *receives)])
 
-    def _turns(self, messages: Sequence[Message]) -> list[list[tuple[int, torch.Tensor]]]:
-        """Cut messages into pieces of a slot or less: (peer, piece) for each peer's first one, its second one, ..."""
-        pieces: dict[int, list[torch.Tensor]] = {}
-        for tensor, peer in messages:
-            pieces.setdefault(peer, []).extend(tensor.view(-1).view(torch.uint8).split(self._slot_bytes))
-        turns = zip_longest(*pieces.values())
-        return [
-            [(peer, piece) for peer, piece in zip(pieces, turn, strict=True) if piece is not None] for turn in turns
-        ]
+
+def _turns(messages: Sequence[Message], rings: Mapping[int, Ring]) -> list[list[tuple[int, torch.Tensor]]]:
+    """Cut messages into pieces of a slot or less: (peer, piece) for each peer's first one, its second one, ..."""
+    pieces: dict[int, list[torch.Tensor]] = {}
+    for tensor, peer in messages:
+        pieces.setdefault(peer, []).extend(rings[peer].pieces(tensor))
+    turns = zip_longest(*pieces.values())
+    return [[(peer, piece) for peer, piece in zip(pieces, turn, strict=True) if piece is not None] for turn in turns]
 
 
 class Ring:
@@ -126,6 +125,10 @@ class Ring:
         self._written = flags[0, :1]
         self._read = flags[1, :1]
         self._num_pieces = 0
+
+    def pieces(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The bytes of a contiguous tensor, cut to what a slot holds."""
+        return tensor.view(-1).view(torch.uint8).split(self._slots.shape[1])
 
     def write(self, lane: Lane, source: torch.Tensor) -> None:
         """Put the next piece into the ring, bytes on the device."""
@@ -256,7 +259,7 @@ def _holds_up(lane: StreamLane, stream: Stream) -> bool:
 def slot_bytes(num_ranks: int) -> int:
     """The largest piece: less for many ranks, which have many rings."""
     num_slots = NUM_SLOTS * num_ranks * (num_ranks - 1)
-    return min(_MAX_SLOT_BYTES, _MAX_RINGS_BYTES // num_slots) // _LINE_BYTES * _LINE_BYTES
+    return min(MAX_SLOT_BYTES, _MAX_RINGS_BYTES // num_slots) // LINE_BYTES * LINE_BYTES
 
 
 def required_bytes(num_ranks: int) -> int:
@@ -266,7 +269,7 @@ def required_bytes(num_ranks: int) -> int:
 
 def ring_bytes(slot_bytes: int, num_slots: int = NUM_SLOTS) -> int:
     """Size of a ring whose slots are multiples of 64 bytes."""
-    return num_slots * slot_bytes + 2 * _LINE_BYTES
+    return num_slots * slot_bytes + 2 * LINE_BYTES
 
 
 def _driver_call(name: str) -> Callable[..., int]:

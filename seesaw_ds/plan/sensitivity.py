@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from seesaw_ds.config import RunConfig
@@ -61,9 +61,7 @@ def output_ratio_curves(
     values: dict[str, list[float | None]] = {}
     for ratio in OUTPUT_RATIOS:
         lengths = [RequestLength(_INPUT_TOKENS, max(1, round(_INPUT_TOKENS * ratio)))] * _NUM_REQUESTS
-        for name, value in _points(run, shape, hardware, pairs, static_layouts, lengths, static_kind):
-            values.setdefault(name, []).append(value)
-            on_point()
+        _add_points(values, run, shape, hardware, pairs, static_layouts, lengths, static_kind, on_point)
     return Curves("output tokens / input tokens", OUTPUT_RATIOS, False, values)
 
 
@@ -81,13 +79,12 @@ def bandwidth_curves(
     values: dict[str, list[float | None]] = {}
     for factor in BANDWIDTH_FACTORS:
         machine = hardware.with_all_reduce_scaled(factor)
-        for name, value in _points(run, shape, machine, pairs, static_layouts, lengths, static_kind):
-            values.setdefault(name, []).append(value)
-            on_point()
+        _add_points(values, run, shape, machine, pairs, static_layouts, lengths, static_kind, on_point)
     return Curves("all-reduce bandwidth, factor", BANDWIDTH_FACTORS, True, values)
 
 
-def _points(
+def _add_points(
+    values: dict[str, list[float | None]],
     run: RunConfig,
     shape: ModelShape,
     hardware: HardwareProfile,
@@ -95,14 +92,18 @@ def _points(
     static_layouts: Sequence[ParallelLayout],
     lengths: Sequence[RequestLength],
     static_kind: StaticEngineKind,
-) -> Iterator[tuple[str, float | None]]:
-    """Each curve's name and value at one place."""
+    on_point: Callable[[], object],
+) -> None:
+    """The next point of each curve."""
     settings = replace(run, max_model_len=max(sum(length) for length in lengths))
     for pair in pairs:
-        yield str(pair), _best_size(settings, shape, hardware, pair, lengths)
+        values.setdefault(str(pair), []).append(_best_size(settings, shape, hardware, pair, lengths))
+        on_point()
     for layout in static_layouts:
         plan = best_static_plan(settings, shape, hardware, [layout], lengths, static_kind)
-        yield f"{layout}, static engine", None if plan is None else plan.simulated.requests_per_second
+        value = None if plan is None else plan.simulated.requests_per_second
+        values.setdefault(f"{layout}, static engine", []).append(value)
+        on_point()
 
 
 def _best_size(

@@ -118,7 +118,7 @@ def test_exchange_is_exact_after_ten_transitions(text, num_layers, piece_bytes):
 
 @pytest.mark.parametrize(("text", "num_layers"), [("P2->T2", 5), ("P4->T4", 5), ("T4->P4", 6), ("D2P2->D2T2", 5)])
 def test_exchange_through_host_memory_is_exact_after_ten_transitions(monkeypatch, text, num_layers):
-    monkeypatch.setattr("seesaw_ds.parallel.host_transport._MAX_SLOT_BYTES", 64)
+    monkeypatch.setattr("seesaw_ds.parallel.host_transport.MAX_SLOT_BYTES", 64)
     run_ranks(LayoutPair.parse(text).world_size, exchange_rank, text, num_layers, 80, True)
 
 

@@ -76,7 +76,7 @@ def check_tokens(link: HostStagedLink, step: int, tp: int) -> None:
 @pytest.mark.parametrize("layout", ["P2", "P3", "T2P2"])
 def test_steps_arrive_in_order_whoever_is_late(monkeypatch, layout, num_lanes, late_stage):
     """Hidden states of more than a slot, and with one lane both directions on one queue."""
-    monkeypatch.setattr(host_link, "_MAX_SLOT_BYTES", SLOT_BYTES)
+    monkeypatch.setattr(host_link, "MAX_SLOT_BYTES", SLOT_BYTES)
     parsed = ParallelLayout.parse(layout)
     run_ranks(parsed.world_size, run_pipeline, parsed, num_lanes, late_stage, parsed.pp)
 

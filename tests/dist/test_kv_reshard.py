@@ -78,7 +78,7 @@ def test_blocks_change_between_stages_of_other_depths(text):
 @pytest.mark.parametrize("text", ["P2->T2", "P4->T4", "T2P2->T4"])
 def test_blocks_change_layout_through_host_memory(monkeypatch, text):
     monkeypatch.setattr("seesaw_ds.kv.exchange._BATCH_BYTES", 1)
-    monkeypatch.setattr("seesaw_ds.parallel.host_transport._MAX_SLOT_BYTES", 192)
+    monkeypatch.setattr("seesaw_ds.parallel.host_transport.MAX_SLOT_BYTES", 192)
     run_ranks(LayoutPair.parse(text).world_size, exchange_rank, text, 5, True)
 
 

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def small_slots(monkeypatch):
-    monkeypatch.setattr(host_transport, "_MAX_SLOT_BYTES", SLOT_BYTES)
+    monkeypatch.setattr(host_transport, "MAX_SLOT_BYTES", SLOT_BYTES)
 
 
 def make_transport(kind: str) -> Transport:
@@ -186,7 +186,7 @@ def test_a_send_waits_only_for_receives_of_earlier_turns():
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
 def test_rings_of_all_pairs_stay_within_a_gibibyte(monkeypatch, num_ranks):
-    monkeypatch.setattr(host_transport, "_MAX_SLOT_BYTES", 16 << 20)
+    monkeypatch.setattr(host_transport, "MAX_SLOT_BYTES", 16 << 20)
     num_pairs = num_ranks * (num_ranks - 1)
     assert required_bytes(num_ranks) <= (1 << 30) + num_pairs * 128
     assert slot_bytes(num_ranks) == 16 << 20 if num_ranks <= 4 else 4 << 20 <= slot_bytes(num_ranks) < 16 << 20
