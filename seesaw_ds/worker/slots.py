@@ -78,7 +78,7 @@ class DecodingSlots:
         output_token_ids: list[int],
     ) -> None:
         """Give `slot` to a sequence with `num_tokens` tokens of KV in `blocks`."""
-        self.tokens[slot] = output_token_ids[-1]
+        self.tokens[slot].fill_(output_token_ids[-1])  # an assignment would copy the number, and wait for the device
         self.table.set(slot, num_tokens, len(request.prompt_token_ids), blocks)
         self._sampling.set_slot(
             slot, request.params, request.seed, request.stop_token_ids, request.prompt_token_ids, output_token_ids
