@@ -19,6 +19,7 @@ from seesaw_ds.engine.messages import (
     NewTokens,
     Prefill,
     Start,
+    StartPreload,
     StepDone,
     Store,
     StoreDone,
@@ -143,6 +144,8 @@ class EngineCore:
             self._issue_load(action)
         elif isinstance(action, actions.Evict):
             self._send(Store(action))
+        elif isinstance(action, actions.Preload):
+            self._send(StartPreload(action))
         else:
             self._send(Switch(action.to, action.gpu_block_ids))
 

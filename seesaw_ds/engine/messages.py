@@ -12,7 +12,7 @@ from seesaw_ds.layout import Phase
 from seesaw_ds.observe.metrics import RankCounters
 from seesaw_ds.observe.timeline import Span
 from seesaw_ds.requests import SequenceRequest, SequenceResult, TokenLogprobs
-from seesaw_ds.sched.output import Activate, Evict, PrefillChunk, SwapIn
+from seesaw_ds.sched.output import Activate, Evict, PrefillChunk, Preload, PreloadSize, SwapIn
 
 # ---------------------------------------------------------------- scheduler -> workers
 
@@ -62,6 +62,12 @@ class Store(msgspec.Struct, tag=True, frozen=True):
     evict: Evict
 
 
+class StartPreload(msgspec.Struct, tag=True, frozen=True):
+    """Bring weights of the decode layout early, beside the steps that follow."""
+
+    preload: Preload
+
+
 class Switch(msgspec.Struct, tag=True, frozen=True):
     """Re-shard to the other phase's layout: the weights, and the KV of `gpu_block_ids`."""
 
@@ -79,17 +85,21 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
     """Finish what is queued, say goodbye and exit."""
 
 
-Command = Prefill | Decode | Start | Load | Store | Switch | Drop | Stop
+Command = Prefill | Decode | Start | Load | Store | StartPreload | Switch | Drop | Stop
 
 # ---------------------------------------------------------------- workers -> scheduler
 
 
 class WorkerReady(msgspec.Struct, tag=True, frozen=True):
-    """The worker has loaded its weights and made its pools; sizes are the replica's, the same from every rank."""
+    """The worker has loaded its weights and made its pools; sizes are the replica's, the same from every rank.
+
+    `preload` is None where weights do not come early.
+    """
 
     process: ProcessId
     num_gpu_blocks: int
     num_host_blocks: int
+    preload: PreloadSize | None
 
 
 class StepDone(msgspec.Struct, tag=True, frozen=True):

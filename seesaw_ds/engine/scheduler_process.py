@@ -100,6 +100,7 @@ class SchedulerProcess:
             decode_stages=self._layouts.decode.pp,
             mixes_steps=self._config.mixed_steps,
             is_static=self._layouts.is_static,
+            preload=first.preload,
         )
         shape = model_shape(read_hf_config(self._config.model))
         chooser = on_action = None

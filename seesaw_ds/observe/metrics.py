@@ -35,14 +35,16 @@ class Interval:
 class RankCounters:
     """Totals of one worker since it started; a later report replaces the earlier.
 
-    `reshard_seconds` are of transitions, in which the rank received `weight_bytes` of weights and `kv_exchange_bytes`
-    of KV that stays on the devices; `kv_out_bytes` and `kv_in_bytes` are what it copied to and from the host pool.
-    `peak_host_bytes` is the resident memory of its process. `prefill_step_seconds` and `decode_step_seconds` are of its
-    micro-batches and its decode steps, from their first kernel to their last, waits for other stages included.
+    `reshard_seconds` are of transitions, for which the rank received `weight_bytes` of weights, `preloaded_bytes` of
+    them before, and `kv_exchange_bytes` of KV that stays on the devices; `kv_out_bytes` and `kv_in_bytes` are what it
+    copied to and from the host pool. `peak_host_bytes` is the resident memory of its process. `prefill_step_seconds`
+    and `decode_step_seconds` are of its micro-batches and its decode steps, from their first kernel to their last,
+    waits for other stages included.
     """
 
     reshard_seconds: float = 0.0
     weight_bytes: int = 0
+    preloaded_bytes: int = 0
     kv_exchange_bytes: int = 0
     kv_out_bytes: int = 0
     kv_in_bytes: int = 0

@@ -58,6 +58,7 @@ def summary(metrics: RunMetrics) -> dict[str, Any]:
         "reshard": {
             "seconds": round(min((rank.reshard_seconds for rank in ranks), default=0.0), 6),
             "weight_bytes": sum(rank.weight_bytes for rank in ranks),
+            "preloaded_bytes": sum(rank.preloaded_bytes for rank in ranks),
             "kv_exchange_bytes": sum(rank.kv_exchange_bytes for rank in ranks),
             "kv_out_bytes": sum(rank.kv_out_bytes for rank in ranks),
             "kv_in_bytes": sum(rank.kv_in_bytes for rank in ranks),
@@ -140,6 +141,7 @@ def _movement_rows(figures: dict[str, Any]) -> list[_Row]:
         ("evictions", f"{figures['evictions']:,}", ""),
         ("re-shard", *gib(reshard["weight_bytes"] + reshard["kv_exchange_bytes"]), f"{reshard['seconds']:,.2f}", "s"),
         ("  weights", *gib(reshard["weight_bytes"])),
+        ("    before the change", *gib(reshard["preloaded_bytes"])),
         ("  KV between devices", *gib(reshard["kv_exchange_bytes"])),
         ("KV to host", *gib(reshard["kv_out_bytes"])),
         ("KV from host", *gib(reshard["kv_in_bytes"])),

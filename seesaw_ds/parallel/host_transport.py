@@ -52,6 +52,10 @@ _PROBE_BYTES = 64 << 10  # small copies to the device may be made in the command
 _T = TypeVar("_T")
 _WAIT_UNTIL_AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ
 _WRITE_AFTER_FENCE = 0  # CU_STREAM_WRITE_VALUE_DEFAULT: what the stream did before is visible to all first
+_STREAM_OPERATION = (
+    "a stream memory operation, by which ranks without peer access signal to each other; 801 means that this driver "
+    "has none: a driver for CUDA 12 or later is needed"
+)
 
 
 class Lane(Protocol):
@@ -78,6 +82,8 @@ class HostStagedTransport:
 
     `mapping` has `required_bytes` zeroed bytes, is shared by these ranks and used by nothing else.
     """
+
+    runs_beside_steps = True
 
     def __init__(
         self, ranks: Sequence[int], rank: int, mapping: NodeSharedMapping, outgoing: Lane, incoming: Lane
@@ -160,8 +166,11 @@ class StreamLane:
         assert stream is not None, f"{device} has no streams"
         self.device = device
         self._stream = stream
-        self._wait_value = _driver_call("cuStreamWaitValue32_v2")
-        self._write_value = _driver_call("cuStreamWriteValue32_v2")
+        # Calls (stream, address, value, flags) and (target, source, bytes, stream).
+        stream_operation = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint)
+        self._wait_value = _driver_call("cuStreamWaitValue32_v2", *stream_operation)
+        self._write_value = _driver_call("cuStreamWriteValue32_v2", *stream_operation)
+        self._memcpy = _driver_call("cuMemcpyAsync", ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
 
     def follow(self) -> None:
         """See `Lane`."""
@@ -171,16 +180,20 @@ class StreamLane:
 
     def wait(self, flag: torch.Tensor, count: int) -> None:
         """See `Lane`."""
-        _check(self._wait_value(self._stream.cuda_stream, flag.data_ptr(), count, _WAIT_UNTIL_AT_LEAST))
+        stream = self._stream.cuda_stream
+        _check(self._wait_value(stream, flag.data_ptr(), count, _WAIT_UNTIL_AT_LEAST), _STREAM_OPERATION)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """See `Lane`."""
-        with on_stream(self._stream):
-            target.copy_(source, non_blocking=True)
+        # Not through torch, which takes the host four times as long: pieces may be small and many.
+        assert target.is_contiguous() and source.is_contiguous() and target.nbytes == source.nbytes
+        stream = self._stream.cuda_stream
+        _check(self._memcpy(target.data_ptr(), source.data_ptr(), target.nbytes, stream), "a copy to or from the host")
 
     def raise_flag(self, flag: torch.Tensor, count: int) -> None:
         """See `Lane`."""
-        _check(self._write_value(self._stream.cuda_stream, flag.data_ptr(), count, _WRITE_AFTER_FENCE))
+        stream = self._stream.cuda_stream
+        _check(self._write_value(stream, flag.data_ptr(), count, _WRITE_AFTER_FENCE), _STREAM_OPERATION)
 
     def end(self) -> Waitable:
         """See `Lane`."""
@@ -272,17 +285,14 @@ def ring_bytes(slot_bytes: int, num_slots: int = NUM_SLOTS) -> int:
     return num_slots * slot_bytes + 2 * LINE_BYTES
 
 
-def _driver_call(name: str) -> Callable[..., int]:
-    """A stream memory operation: (stream, address, value, flags) -> CUresult."""
+def _driver_call(name: str, *argument_types: type) -> Callable[..., int]:
+    """A function of the driver that returns a CUresult."""
     function = getattr(ctypes.CDLL("libcuda.so.1"), name)
-    function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+    function.argtypes = list(argument_types)
     function.restype = ctypes.c_int
     return function
 
 
-def _check(result: int) -> None:
+def _check(result: int, what: str) -> None:
     if result != 0:
-        raise RuntimeError(
-            f"CUresult={result}: CUDA refused a stream memory operation, by which ranks without peer access signal to "
-            f"each other; 801 means that this driver has none: a driver for CUDA 12 or later is needed"
-        )
+        raise RuntimeError(f"CUresult={result}: CUDA refused {what}")

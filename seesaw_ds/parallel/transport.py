@@ -43,7 +43,9 @@ class Handle:
 
 
 class Transport(Protocol):
-    """Carries tensors between the ranks of one group."""
+    """Carries tensors between the ranks of one group. `runs_beside_steps`: it takes no multiprocessor from kernels."""
+
+    runs_beside_steps: bool
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> Handle:
         """Start to send and receive contiguous tensors, each with its peer's global rank; several may be under way.
@@ -59,6 +61,7 @@ class BackendTransport:
 
     def __init__(self, group: ProcessGroup, device: torch.device) -> None:
         self._group = group
+        self.runs_beside_steps = not is_cuda(device)  # NCCL's transfers are kernels
         # NCCL connects a group in its first collective, which all must join; an exchange may have idle ranks.
         dist.all_reduce(torch.zeros(1, device=device), group=group)
 

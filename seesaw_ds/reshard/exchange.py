@@ -13,6 +13,7 @@ from seesaw_ds.parallel.scratch import Cutter, padded
 from seesaw_ds.parallel.transport import Handle, Transport
 from seesaw_ds.reshard.arena import WeightArena
 from seesaw_ds.reshard.plan import CellTensor, ReshardPlan, Transfer
+from seesaw_ds.reshard.preload import CellPreload
 
 # On two H200 a swap in pieces of 16, 64, 256 MiB and whole cells of 1 GiB runs at 160, 234, 259 and 269 GB/s each way
 # over NVLink.
@@ -53,7 +54,8 @@ class ExchangeReshard:
 
     `transport` connects (at least) the replica's ranks, and `ranks` are their global numbers in replica order. All of
     them must call every `run` together. `scratch`, of EXCHANGE_SCRATCH_BYTES at least, is used while `run`'s work goes
-    on; without one the exchange has memory of its own. `phase` is whose placement the arena has at the start.
+    on; without one the exchange has memory of its own. `phase` is whose placement the arena has at the start. What
+    `preload`, if there is one, has brought already is not sent again.
 
     Raises ValueError when the plan's layouts are not nested.
     """
@@ -74,6 +76,7 @@ class ExchangeReshard:
         self._rank = replica_rank
         self._global_ranks = tuple(ranks)
         self._phase = phase
+        self.preload: CellPreload | None = None
         assert arena.num_slots == plan.num_slots[replica_rank], (arena.num_slots, plan.num_slots, replica_rank)
         # the same pieces in the same order on every rank
         self._pieces = [piece for spec in arena.cell_tensors for piece in _cut(spec, arena.dtype.itemsize)]
@@ -92,9 +95,11 @@ class ExchangeReshard:
         On CUDA the work is queued: it waits for the current stream, and the current stream waits for it.
         """
         assert to_phase is not self._phase, f"the weights are in phase {to_phase.value} already"
-        received_bytes = 0
+        num_rounds, received_bytes = 0, 0
+        if self.preload is not None and to_phase is Phase.DECODE:
+            num_rounds, received_bytes = self.preload.land()
         under_way: deque[_Step] = deque()
-        for index, job in enumerate(self._jobs(to_phase)):
+        for index, job in enumerate(self._jobs(to_phase, num_rounds)):
             while len(under_way) == _NUM_UNDER_WAY or any(_is_read_by(step, job) for step in under_way):
                 _finish(under_way.popleft())
             under_way.append(self._start(job, self._buffers[index % _NUM_UNDER_WAY]))
@@ -109,9 +114,9 @@ class ExchangeReshard:
         """Release the buffers; the arena and the transport are the caller's."""
         self._buffers.clear()
 
-    def _jobs(self, to_phase: Phase) -> Iterator[_Job]:
+    def _jobs(self, to_phase: Phase, first_round: int) -> Iterator[_Job]:
         """This rank's parts, round by round. No cell is passed on, so what a job sends no earlier one brought."""
-        for transfers in self._rounds[to_phase]:
+        for transfers in self._rounds[to_phase][first_round:]:
             outgoing = next((transfer for transfer in transfers if transfer.src_rank == self._rank), None)
             incoming = next((transfer for transfer in transfers if transfer.dst_rank == self._rank), None)
             if outgoing is not None or incoming is not None:

@@ -7,6 +7,7 @@ in any order across kinds::
     PrefillBatch -> PrefillDone       the tokens of its decode rows, and first tokens of prompts that end in it
                  -> SwapOutDone       for each of its prompts that goes to the host: its KV is there
     Activate                          (no event: nothing is copied)
+    Preload                           (no event: the next SwitchPhase completes it)
     DecodeBatch  -> DecodeDone
     SwapIn       -> SwapInDone
     Evict        -> EvictDone
@@ -28,12 +29,21 @@ from seesaw_ds.sched.blocks import blocks_for
 
 
 @dataclass(frozen=True, slots=True)
+class PreloadSize:
+    """The exchange of weights into the decode layout: its rounds, and KV blocks for what a rank gets in one."""
+
+    num_rounds: int
+    round_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
 class SchedulerLimits:
     """Sizes that bound what the scheduler may do, for one replica.
 
     `num_gpu_blocks` is the pool on the devices, `num_host_blocks` the host pool; both count blocks of `block_size`
     tokens. `prefill_stages` and `decode_stages` are the two phases' pipeline depths. `mixes_steps`: sequences go on
-    decoding during a prefill phase, as rows of its micro-batches. `is_static`: both phases have one layout.
+    decoding during a prefill phase, as rows of its micro-batches. `is_static`: both phases have one layout. `preload`
+    is None where weights do not come early.
     """
 
     block_size: int
@@ -45,6 +55,7 @@ class SchedulerLimits:
     decode_stages: int
     mixes_steps: bool = True
     is_static: bool = False
+    preload: PreloadSize | None = None
 
     @property
     def has_one_phase(self) -> bool:
@@ -176,7 +187,17 @@ class SwitchPhase:
     gpu_block_ids: tuple[int, ...] = ()
 
 
-Action = PrefillBatch | DecodeBatch | Activate | SwapIn | Evict | SwitchPhase
+@dataclass(frozen=True, slots=True)
+class Preload:
+    """Bring what the first `num_rounds` of the exchange into the decode layout move into `gpu_block_ids`, beside the
+    steps that follow.
+    """
+
+    num_rounds: int
+    gpu_block_ids: tuple[int, ...]
+
+
+Action = PrefillBatch | DecodeBatch | Activate | SwapIn | Evict | Preload | SwitchPhase
 
 
 @dataclass(frozen=True, slots=True)

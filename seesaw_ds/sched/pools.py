@@ -19,7 +19,8 @@ class KvPools:
     `admit` makes a sequence an owner; `release` ends it. In between, `retire` takes a sequence that ended out of
     the reserve rule while something in flight still uses its blocks. `slot_holders` are the owners with a slot, by id:
     few, where owners may be many thousands. `residents` are those of them on the GPU to stay, or on their way there.
-    `num_transit_blocks` are GPU blocks of prompts that do not stay there.
+    `num_transit_blocks` are GPU blocks of prompts that do not stay there, `lent_blocks` those that no sequence has
+    because weights do.
     """
 
     def __init__(self, limits: SchedulerLimits) -> None:
@@ -31,6 +32,7 @@ class KvPools:
         self.slot_holders: dict[int, Sequence] = {}
         self.residents: dict[int, Sequence] = {}
         self.num_transit_blocks = 0
+        self.lent_blocks: tuple[int, ...] = ()
 
     def admit(self, seq: Sequence, stays: bool) -> None:
         """Give the prompt its GPU blocks; with them a slot when it stays, or host blocks when it goes on to decode."""
@@ -91,6 +93,17 @@ class KvPools:
         seq.gpu_blocks.extend(new_blocks)
         return new_blocks
 
+    def lend(self, num_blocks: int) -> tuple[int, ...]:
+        """Give GPU blocks to something else for a while. All sequences, to their full length, must fit beside them."""
+        assert not self.lent_blocks
+        self.lent_blocks = self.gpu.allocate(num_blocks)
+        return self.lent_blocks
+
+    def take_back(self) -> None:
+        """Return the blocks that were lent."""
+        self.gpu.free(self.lent_blocks)
+        self.lent_blocks = ()
+
     def retire(self, seq: Sequence) -> None:
         """Count the blocks of a sequence that ended as free in the reserve rule."""
         self.reserve.remove(seq.seq_id)
@@ -126,7 +139,7 @@ class KvPools:
     def check_integrity(self) -> None:
         """Raise RuntimeError unless each used block and slot has exactly one owner and the reserve rule is kept."""
         self._check_owned(self.host, lambda seq: seq.host_blocks)
-        self._check_owned(self.gpu, lambda seq: seq.gpu_blocks)
+        self._check_owned(self.gpu, lambda seq: seq.gpu_blocks, self.lent_blocks)
         self._check_owned(self.slots, lambda seq: () if seq.slot is None else (seq.slot,))
         if any(seq.slot is None for seq in self.slot_holders.values()) or len(self.slot_holders) != self.slots.num_used:
             raise RuntimeError(f"slot pool: {self.slots.num_used} used != {len(self.slot_holders)} listed holders")
@@ -138,11 +151,12 @@ class KvPools:
             raise RuntimeError(f"GPU pool: {transit} blocks in transit != counted {self.num_transit_blocks}")
         self.reserve.check_integrity()
 
-    def _check_owned(self, pool: BlockPool, blocks_of: Callable[[Sequence], Collection[int]]) -> None:
+    def _check_owned(
+        self, pool: BlockPool, blocks_of: Callable[[Sequence], Collection[int]], others: Collection[int] = ()
+    ) -> None:
         pool.check_integrity()
-        owned = [block_id for seq in self.owners.values() for block_id in blocks_of(seq)]
+        owned = [*others, *(block_id for seq in self.owners.values() for block_id in blocks_of(seq))]
         if not len(owned) == len(set(owned)) == pool.num_used:
             raise RuntimeError(
-                f"{pool.name} pool: {len(owned)} owned by sequences ({len(set(owned))} different) "
-                f"!= {pool.num_used} used"
+                f"{pool.name} pool: {len(owned)} owned or lent ({len(set(owned))} different) != {pool.num_used} used"
             )

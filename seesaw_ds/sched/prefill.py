@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Collection
 
 from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.sched.decode import DecodeGroups
@@ -80,6 +81,10 @@ class PrefillQueue:
     def transit_margin(self) -> int:
         """GPU blocks that residents leave to prompts in transit: none when only prompts of one token pass through."""
         return self._transit_blocks() if self._spills else 0
+
+    def waiting(self) -> Collection[Sequence]:
+        """The sequences not admitted yet, the next one first."""
+        return self._waiting.values()
 
     def __contains__(self, seq_id: int) -> bool:
         """Whether `seq_id` is waiting."""

@@ -37,6 +37,7 @@ from seesaw_ds.sched.output import (
 )
 from seesaw_ds.sched.pools import KvPools
 from seesaw_ds.sched.prefill import PrefillQueue
+from seesaw_ds.sched.preload import Preloading
 from seesaw_ds.sched.residency import Residency
 from seesaw_ds.sched.sequence import Sequence, SequenceState
 from seesaw_ds.sched.stats import SchedulerStats, TransitionReason
@@ -77,6 +78,7 @@ class Scheduler:
         self._residency = Residency(self._pools, limits.block_size, self._forecast, unit)
         self._decode = DecodeGroups(limits, self._pools)
         self._prefill = PrefillQueue(limits, self._pools, self._residency, self._decode, pairs_per_token)
+        self._preloading = Preloading(limits, self._pools, self._prefill)
         self._staying = Staying(layout_chooser)
         self._to_activate: deque[Sequence] = deque()
         self._is_switching = False
@@ -136,6 +138,8 @@ class Scheduler:
             return activate
         if self._is_switching:
             return None
+        if self.phase is Phase.PREFILL and (preload := self._preloading.next()) is not None:
+            return preload
         # Nothing is in transit while the phase is decode.
         margin = self._prefill.transit_margin if self.phase is Phase.PREFILL else 0
         if self._prefill.is_input_closed and self._prefill.num_waiting == 0:
@@ -270,6 +274,7 @@ class Scheduler:
             assert self._is_switching
             assert event.phase is self.phase
             self._is_switching = False
+            self._preloading.end_phase()
             return []
         seq = self._pools.owners[event.seq_id]
         seq.in_flight -= 1
@@ -378,7 +383,7 @@ class Scheduler:
             num_host=states[SequenceState.HOST] + states[SequenceState.SWAPPING_IN] + states[SequenceState.EVICTING],
             num_running=states[SequenceState.RUNNING],
             num_finished=self._num_finished,
-            num_gpu_blocks_used=pools.gpu.num_used,
+            num_gpu_blocks_used=pools.gpu.num_used - len(pools.lent_blocks),
             num_gpu_blocks=pools.gpu.num_blocks,
             num_host_blocks_used=pools.host.num_used,
             num_host_blocks=pools.host.num_blocks,

@@ -25,7 +25,8 @@ class SchedulerStats:
     """A snapshot. Each live sequence is in one of the first four counts.
 
     `num_prefilling` ends when the sequence decodes or its KV is on the host, `num_host` when that is back on the GPU,
-    and `num_finished` leaves out aborted sequences. Block counts include blocks in transit.
+    and `num_finished` leaves out aborted sequences. Block counts include blocks in transit, but
+    not those lent to weights.
     """
 
     phase: Phase

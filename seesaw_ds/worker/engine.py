@@ -17,6 +17,7 @@ from seesaw_ds.parallel.links import PipelineLink
 from seesaw_ds.plan.memory import PoolSizes
 from seesaw_ds.reshard.arena import PlacedCells
 from seesaw_ds.reshard.plan import WeightReshard
+from seesaw_ds.reshard.preload import CellPreload
 from seesaw_ds.worker.decode import DecodeRunner
 from seesaw_ds.worker.prefill import PrefillRunner
 from seesaw_ds.worker.slots import DecodingSlots, TokenFeedback
@@ -39,13 +40,17 @@ class StartUpTimer:
 
 @dataclass
 class Engine:
-    """All that a worker runs on. `decode` has a runner for each phase in which there are decode steps."""
+    """All that a worker runs on. `decode` has a runner for each phase in which there are decode steps.
+
+    `preload` is a part of `reshard`, None where weights do not come early.
+    """
 
     state: ParallelState
     stages: dict[Phase, DecoderStage]
     layers: PlacedCells
     tables: PlacedCells
     reshard: WeightReshard
+    preload: CellPreload | None
     pools: dict[Phase, DeviceKVPool]
     kv_exchange: KVExchange
     host_pool: HostKVPool

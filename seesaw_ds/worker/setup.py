@@ -28,6 +28,7 @@ from seesaw_ds.parallel.shared_memory import begin_mapping
 from seesaw_ds.parallel.transport import BackendTransport, Transport, choose_transport
 from seesaw_ds.plan.memory import most_step_tokens, size_pools
 from seesaw_ds.reshard.exchange import EXCHANGE_SCRATCH_BYTES
+from seesaw_ds.reshard.preload import CellPreload
 from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.shapes import model_shape, read_hf_config
 from seesaw_ds.worker.decode import DecodeRunner
@@ -221,7 +222,7 @@ class _EngineBuilder:
         """
         if not devices.is_cuda(self._device):
             return
-        pools = self._pools(warm_up_blocks(self._run, self._longest))
+        pools = self._pools(self._allocate_kv(warm_up_blocks(self._run, self._longest)))
         self._prefill.attach(pools[Phase.PREFILL])
         self._step_bytes = StepBytes(
             micro_batch=peak_bytes(self._warm_up_prefill),
@@ -251,7 +252,9 @@ class _EngineBuilder:
         """Allocate the KV pools, of what memory is left, and make the runners; capture the graphs of decode steps."""
         num_blocks = self._num_kv_blocks()
         self._sizes = dataclasses.replace(self._sizes, num_gpu_blocks=num_blocks)
-        self._kv_pools = self._pools(num_blocks + 1)  # one for DecodeRunner's padding
+        memory = self._allocate_kv(num_blocks + 1)  # one for DecodeRunner's padding
+        self._kv_pools = self._pools(memory)
+        self._preload = self._make_preload(memory)
         self._prefill.attach(self._kv_pools[Phase.PREFILL])
         self._kv_exchange = self._make_kv_exchange(self._kv_pools)
         graph_pool = GraphPool()
@@ -280,6 +283,19 @@ class _EngineBuilder:
         return KVExchange(
             self._layouts, pools, shape.num_layers, shape.num_kv_heads, self._transport, ranks, self._scratch
         )
+
+    def _make_preload(self, memory: torch.Tensor) -> CellPreload | None:
+        exchange, plan = self._weights.exchange, self._weights.layers.plan
+        if exchange is None or not self._transport.runs_beside_steps or not plan.rounds(Phase.DECODE):
+            return None
+        ranks = self._state.replica_ranks
+        # Layouts with stages of unequal depth have blocks of unequal size.
+        chunk_numel = min(map(self._block_numel, range(len(ranks))))
+        preload = CellPreload(
+            plan, self._weights.layers.arena, self._transport, self._replica_rank, ranks, memory, chunk_numel
+        )
+        exchange.preload = preload
+        return preload
 
     def _decode_layouts(self) -> tuple[Phase, ...]:
         """The phases in whose layouts there are decode steps; one stands for both where the layouts are the same."""
@@ -319,7 +335,7 @@ class _EngineBuilder:
         run = self._run
         if run.num_gpu_kv_blocks is not None or not devices.is_cuda(self._device):
             return self._sizes.num_gpu_blocks
-        block_bytes = self._block_numel() * self._dtype.itemsize
+        block_bytes = self._block_numel(self._replica_rank) * self._dtype.itemsize
         weight_bytes = self._weights.layers.arena.nbytes + self._weights.tables.arena.nbytes
         most_rows = max(map(self._most_rows, Phase))
         num_blocks = measure_kv_blocks(run, self._shape, block_bytes, weight_bytes, most_rows, self._step_bytes)
@@ -328,19 +344,21 @@ class _EngineBuilder:
         check_kv_blocks(run, self._longest, int(lowest))
         return min(int(lowest), run.max_num_seqs * self._max_blocks_per_seq)
 
-    def _shard(self, phase: Phase) -> Shard:
-        return self._layouts[phase].shard(self._replica_rank, self._shape.num_layers, self._shape.num_kv_heads)
+    def _shard(self, phase: Phase, rank: int) -> Shard:
+        return self._layouts[phase].shard(rank, self._shape.num_layers, self._shape.num_kv_heads)
 
-    def _block_numel(self) -> int:
-        """Elements of a KV block on this rank, in the phase that needs more."""
-        sizes = (block_numel(self._shard(phase), self._run.kv_block_size, self._shape.head_dim) for phase in Phase)
-        return max(sizes)
-
-    def _pools(self, num_blocks: int) -> dict[Phase, DeviceKVPool]:
-        """Both phases' views of new KV memory."""
-        memory = allocate_kv(num_blocks, self._block_numel(), self._dtype, self._device)
+    def _block_numel(self, rank: int) -> int:
+        """Elements of a KV block on `rank` of the replica, in the phase that needs more."""
         block_size, head_dim = self._run.kv_block_size, self._shape.head_dim
-        return {phase: DeviceKVPool(memory, self._shard(phase), block_size, head_dim) for phase in Phase}
+        return max(block_numel(self._shard(phase, rank), block_size, head_dim) for phase in Phase)
+
+    def _allocate_kv(self, num_blocks: int) -> torch.Tensor:
+        return allocate_kv(num_blocks, self._block_numel(self._replica_rank), self._dtype, self._device)
+
+    def _pools(self, memory: torch.Tensor) -> dict[Phase, DeviceKVPool]:
+        """Both phases' views of KV memory."""
+        rank, block_size, head_dim = self._replica_rank, self._run.kv_block_size, self._shape.head_dim
+        return {phase: DeviceKVPool(memory, self._shard(phase, rank), block_size, head_dim) for phase in Phase}
 
     def engine(self) -> Engine:
         return Engine(
@@ -349,6 +367,7 @@ class _EngineBuilder:
             layers=self._weights.layers,
             tables=self._weights.tables,
             reshard=self._weights.reshard,
+            preload=self._preload,
             pools=self._kv_pools,
             kv_exchange=self._kv_exchange,
             host_pool=self._host_pool,

@@ -33,11 +33,15 @@ LOAD_PROGRESS_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class RankWeights:
-    """What a rank has of the layers and of the vocabulary's tables, in prefill layout at first."""
+    """What a rank has of the layers and of the vocabulary's tables, in prefill layout at first.
+
+    `exchange` is the layers' part of `reshard`, None where their weights come from the host.
+    """
 
     layers: PlacedCells
     tables: PlacedCells
     reshard: WeightReshard
+    exchange: ExchangeReshard | None
     source: WeightSource
 
 
@@ -67,7 +71,7 @@ def load_weights(
         mapping = share_mapping(name, num_bytes, state.replica, device, num_bytes // plan.num_layers)
         return HostWeights(mapping, *cells)
 
-    def make_reshard(placed: PlacedCells, host: HostWeights | None) -> WeightReshard:
+    def make_reshard(placed: PlacedCells, host: HostWeights | None) -> ExchangeReshard | HostReshard:
         if host is not None:
             return HostReshard(*placed, host, replica_rank)
         return ExchangeReshard(*placed, transport, replica_rank, list(state.replica_ranks), scratch)
@@ -79,8 +83,10 @@ def load_weights(
     load_layers(layers, replica_rank, source, host_layers, _LoadProgress())
     load_tables(tables, replica_rank, source, host_tables, shape.vocab_size)
     dist.barrier(group=state.replica)
-    reshard = JoinedReshard([make_reshard(layers, host_layers), make_reshard(tables, host_tables)])
-    return RankWeights(layers, tables, reshard, source)
+    of_layers = make_reshard(layers, host_layers)
+    reshard = JoinedReshard([of_layers, make_reshard(tables, host_tables)])
+    exchange = of_layers if isinstance(of_layers, ExchangeReshard) else None
+    return RankWeights(layers, tables, reshard, exchange, source)
 
 
 def _source(run: RunConfig, shape: ModelShape, dtype: torch.dtype, device: torch.device) -> WeightSource:

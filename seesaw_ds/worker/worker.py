@@ -73,7 +73,9 @@ class Worker:
         sizes = self._engine.pool_sizes
         me = ProcessId.of(f"worker rank {self._rank}")
         self._reporter.telemetry(wire.StartUp(me, timer.seconds))
-        self._reporter.result(wire.WorkerReady(me, sizes.num_gpu_blocks, sizes.num_host_blocks))
+        preload = self._engine.preload
+        size = None if preload is None else preload.size
+        self._reporter.result(wire.WorkerReady(me, sizes.num_gpu_blocks, sizes.num_host_blocks, size))
         with torch.inference_mode():
             while True:
                 command = self._next_command()
@@ -103,6 +105,9 @@ class Worker:
             self._start_load(command)
         elif isinstance(command, wire.Store):
             self._start_store(command)
+        elif isinstance(command, wire.StartPreload):
+            assert self._engine.preload is not None
+            self._engine.preload.begin(command.preload.num_rounds, command.preload.gpu_block_ids)
         elif isinstance(command, wire.Switch):
             self._switch(command)
         elif isinstance(command, wire.Drop):
@@ -115,6 +120,7 @@ class Worker:
         num_tokens = sum(chunk.num_tokens for chunk in command.chunks)
         with self._steps.step(command.step_id, "prefill", self._answers(Phase.PREFILL), tokens=num_tokens) as step:
             step.sampled = self._engine.prefill.run(command, self._requests)
+        self._advance_preload()
         leaving = [chunk for chunk in command.chunks if chunk.host_block_ids]
         if leaving:
             blocks = [block for chunk in leaving for block in chunk.block_ids]
@@ -124,6 +130,12 @@ class Worker:
     def _run_decode(self, command: wire.Decode) -> None:
         with self._steps.step(command.step_id, "decode", self._answers(self._phase)) as step:
             step.sampled = self._engine.decode[self._phase].run(command)
+
+        self._advance_preload()
+
+    def _advance_preload(self) -> None:
+        if self._engine.preload is not None:
+            self._engine.preload.advance()
 
     def _answers(self, phase: Phase) -> bool:
         """Whether this rank speaks for the steps of `phase`: one rank of the last stage does."""
@@ -198,6 +210,7 @@ class Worker:
         counters = RankCounters(
             reshard_seconds=self._reshard_seconds,
             weight_bytes=self._weight_bytes,
+            preloaded_bytes=0 if self._engine.preload is None else self._engine.preload.num_bytes,
             kv_exchange_bytes=self._kv_exchange_bytes,
             kv_out_bytes=self._copied_bytes[Track.SWAP_OUT],
             kv_in_bytes=self._copied_bytes[Track.SWAP_IN],

@@ -41,13 +41,16 @@ from seesaw_ds.worker.worker import Worker
 
 @dataclass
 class EngineOutcome:
-    """What a run gave. `stats` are each scheduler's at its end, `weight_bytes` those of all ranks and transitions."""
+    """What a run gave. `stats` are each scheduler's at its end, `weight_bytes` those of all ranks and transitions,
+    `preloaded_bytes` what of them the ranks had before.
+    """
 
     results: dict[int, SequenceResult] = field(default_factory=dict)
     new_tokens: dict[int, list[int]] = field(default_factory=dict)
     stats: list[SchedulerStats] = field(default_factory=list)
     num_transitions: int = 0
     weight_bytes: int = 0
+    preloaded_bytes: int = 0
 
     @property
     def num_evictions(self) -> int:
@@ -172,6 +175,7 @@ class _Frontend:
         self._abort_after = abort_after
         self._num_replicas = num_replicas
         self._num_byes = 0
+        self._preloaded_bytes: dict[int, int] = {}
         self._outcome = EngineOutcome()
         self._decoder = msgspec.msgpack.Decoder(wire.SchedulerMessage)
         self._context = zmq.Context()
@@ -188,7 +192,7 @@ class _Frontend:
         while self._num_byes < self._num_replicas:
             events = dict(poller.poll())
             if self._telemetry in events:
-                msgspec.msgpack.decode(self._telemetry.recv(), type=wire.WorkerTelemetry)
+                self._on_telemetry(msgspec.msgpack.decode(self._telemetry.recv(), type=wire.WorkerTelemetry))
             if self._schedulers in events:
                 identity, data = self._schedulers.recv_multipart()
                 self._on_message(identity, self._decoder.decode(data))
@@ -197,7 +201,12 @@ class _Frontend:
                 for replica in range(self._num_replicas):
                     self._send(str(replica).encode(), wire.Finish())
         self._context.destroy(linger=0)
+        self._outcome.preloaded_bytes = sum(self._preloaded_bytes.values())
         return self._outcome
+
+    def _on_telemetry(self, message: wire.WorkerTelemetry) -> None:
+        if isinstance(message, wire.Telemetry):
+            self._preloaded_bytes[message.rank] = message.counters.preloaded_bytes
 
     def _on_message(self, identity: bytes, message: wire.SchedulerMessage) -> None:
         if isinstance(message, wire.WantInput):

@@ -56,6 +56,19 @@ def test_tokens_equal_transformers(four_layers, layouts, weight_reshard):
     check_layouts(four_layers, layouts, weight_reshard, mixed_steps=True)
 
 
+@pytest.mark.parametrize("mixed_steps", [True, False])
+@pytest.mark.parametrize("layouts", ["P2->T2", "T2->P2", "P4->T2P2", "D2P2->D2T2"])
+def test_tokens_equal_transformers_with_weights_that_come_early(four_layers, layouts, mixed_steps):
+    run = run_config(
+        four_layers.folder, layouts, mixed_steps=mixed_steps, max_num_seqs=48, num_gpu_kv_blocks=6000
+    )
+    outcome = run_engine(run, four_layers.requests)
+    found = [(outcome.results[i].token_ids, outcome.results[i].finish_reason) for i in range(NUM_REQUESTS)]
+    assert found == four_layers.expected
+    assert outcome.preloaded_bytes > 0
+    assert outcome.num_evictions == 0
+
+
 @pytest.mark.parametrize("layouts", ["P2->T2", "P2", "T2P2->T4"])
 def test_tokens_equal_transformers_with_separated_phases(four_layers, layouts):
     check_layouts(four_layers, layouts, "exchange", mixed_steps=False)

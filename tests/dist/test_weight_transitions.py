@@ -116,6 +116,44 @@ def transit_ten_times(run: RunConfig) -> tuple[int, int, int]:
     return num_bytes, engine.layers.arena.nbytes, engine.pool_sizes.device.weights
 
 
+def transit_with_preloads(run: RunConfig) -> list[int]:
+    """Ten transitions, before each to decode one more round of the exchange; returns the bytes put into slots early."""
+    tensors = load_file(Path(run.model) / "model.safetensors")
+    engine = build_cpu_engine(run)
+    preload = engine.preload
+    assert preload is not None
+    size = preload.size
+    block_ids = list(range(run.num_gpu_kv_blocks))[::-1]
+    early_bytes = []
+    for num_rounds in range(5):
+        num_rounds = min(num_rounds, size.num_rounds)
+        preload.begin(num_rounds, block_ids[: num_rounds * size.round_blocks])
+        for _ in range(num_rounds // 2):  # the rest is started by the change itself
+            preload.advance()
+        before = preload.num_bytes
+        for phase in (Phase.DECODE, Phase.PREFILL):
+            engine.reshard.run(phase)
+            check_layers(engine, tensors, run.layout_pair, phase)
+            check_vocabulary(engine, tensors, phase)
+        early_bytes.append(preload.num_bytes - before)
+    dist.barrier()
+    engine.close()
+    return early_bytes
+
+
+@pytest.mark.parametrize(
+    "layouts", ["P2->T2", "T2->P2", "P4->T4", "P4->T2P2", "T2P2->T4", "P2[1,4]->T2", "P4[1,1,2,1]->T2P2[4,1]"]
+)
+def test_parameters_are_the_loaded_ones_after_preloads(models, layouts):
+    # Blocks of 4 tokens hold less than a cell's tensors, and those of one layer less than those of four.
+    run = run_config(models[5], layouts, num_gpu_kv_blocks=2000)
+    by_rank = run_ranks(run.layout_pair.world_size, transit_with_preloads, run)
+    early_bytes = [sum(of_ranks) for of_ranks in zip(*by_rank, strict=True)]
+    assert early_bytes[0] == 0
+    assert early_bytes[1] > 0
+    assert early_bytes == sorted(early_bytes)
+
+
 @pytest.mark.parametrize(
     ("layouts", "num_layers", "weight_reshard"),
     [

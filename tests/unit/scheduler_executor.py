@@ -23,6 +23,7 @@ from seesaw_ds.sched.output import (
     PhaseSwitched,
     PrefillBatch,
     PrefillDone,
+    Preload,
     SequenceSpec,
     SwapIn,
     SwapInDone,
@@ -32,6 +33,7 @@ from seesaw_ds.sched.output import (
 from seesaw_ds.sched.scheduler import Scheduler
 
 STOP = 1
+WEIGHTS = -1  # who owns blocks that are lent
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class ShadowExecutor:
         self.owner: dict[tuple[str, int], int] = {}
         self.content: dict[tuple[str, int], dict[int, tuple[int, int]]] = {}
         self.counts: Counter[str] = Counter()
+        self.lent: tuple[int, ...] = ()
         self.is_input_closed = False
 
     # The loop
@@ -305,6 +308,18 @@ class ShadowExecutor:
         shadow.in_flight += 1
         self.transfers.append(action)
 
+    def _issue_Preload(self, action: Preload) -> None:
+        size = self.limits.preload
+        assert size is not None and 1 <= action.num_rounds <= size.num_rounds
+        assert len(action.gpu_block_ids) == action.num_rounds * size.round_blocks
+        assert self.scheduler.phase is Phase.PREFILL and self.is_input_closed and self.waiting and not self.lent
+        assert not set(action.gpu_block_ids) & {block for pool, block in self.owner if pool == "gpu"}
+        left = [seq_id for seq_id, shadow in self.live.items() if not shadow.ended] + list(self.waiting)
+        peak = sum(map(self._peak, left))
+        assert peak + len(action.gpu_block_ids) <= self.limits.num_gpu_blocks, "some may have to wait for their blocks"
+        self._claim("gpu", action.gpu_block_ids, WEIGHTS)
+        self.lent = action.gpu_block_ids
+
     def _issue_SwitchPhase(self, action: SwitchPhase) -> None:
         assert not self.limits.has_one_phase
         if action.to is Phase.PREFILL:
@@ -335,7 +350,7 @@ class ShadowExecutor:
         need = [self._peak(seq_id) - blocks for seq_id, blocks in held.items()]
         num_free = self.limits.num_host_blocks + self.limits.num_gpu_blocks - sum(held.values())
         is_room = held[head.seq_id] <= self.limits.num_host_blocks - host_used
-        is_room &= held[head.seq_id] <= self.limits.num_gpu_blocks - gpu_used
+        is_room &= held[head.seq_id] <= self.limits.num_gpu_blocks - gpu_used - len(self.lent)
         assert not (is_room and num_free >= max(need) + max(held.values())), "changed to decode with room left"
 
     def _tables(self) -> list[tuple[tuple[int, ...], list[int]]]:
@@ -416,7 +431,10 @@ class ShadowExecutor:
     def _deliver_compute(self) -> None:
         event = self.compute_events.popleft()
         answered = []
-        if not isinstance(event, PhaseSwitched):
+        if isinstance(event, PhaseSwitched):
+            self._disown("gpu", self.lent)
+            self.lent = ()
+        else:
             batch = self.batches.pop(event.step_id)
             stepped = [row.seq_id for row in batch.rows]
             answered = stepped + [chunk.seq_id for chunk in getattr(batch, "chunks", ())]

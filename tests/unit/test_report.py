@@ -23,9 +23,9 @@ def finished_metrics():
     metrics.set_evictions(0, 3)
     metrics.set_layout_changes(0, 1)
     metrics.set_decode_steps(0, 12, 300)
-    metrics.set_rank(1, RankCounters(0.5, GIB, GIB // 2, 2 * GIB, GIB, 8 * GIB, GIB, 3.5, 4.25))
-    metrics.set_rank(0, RankCounters(0.75, 9, 9, 9, 9, 9, 9))
-    metrics.set_rank(0, RankCounters(1.0, GIB, GIB // 2, 2 * GIB, 3 * GIB, 10 * GIB, GIB // 2, 3.75, 4.0))
+    metrics.set_rank(1, RankCounters(0.5, GIB, 0, GIB // 2, 2 * GIB, GIB, 8 * GIB, GIB, 3.5, 4.25))
+    metrics.set_rank(0, RankCounters(0.75, 9, 9, 9, 9, 9, 9, 9))
+    metrics.set_rank(0, RankCounters(1.0, GIB, GIB, GIB // 2, 2 * GIB, 3 * GIB, 10 * GIB, GIB // 2, 3.75, 4.0))
     metrics.finish(12.0)
     return metrics
 
@@ -54,6 +54,7 @@ def test_summary():
         "reshard": {
             "seconds": 0.5,
             "weight_bytes": 2 * GIB,
+            "preloaded_bytes": GIB,
             "kv_exchange_bytes": GIB,
             "kv_out_bytes": 4 * GIB,
             "kv_in_bytes": 4 * GIB,
@@ -120,6 +121,7 @@ def test_table():
         "  evictions                      3",
         "  re-shard                   3.000 GiB      0.50 s",
         "    weights                  2.000 GiB",
+        "      before the change      1.000 GiB",
         "    KV between devices       1.000 GiB",
         "  KV to host                 4.000 GiB",
         "  KV from host               4.000 GiB",

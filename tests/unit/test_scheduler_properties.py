@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scheduler_executor import STOP, Job, ShadowExecutor
 from seesaw_ds.sched import residency
 from seesaw_ds.sched.blocks import blocks_for
-from seesaw_ds.sched.output import SchedulerLimits, SequenceSpec
+from seesaw_ds.sched.output import PreloadSize, SchedulerLimits, SequenceSpec
 from seesaw_ds.sched.scheduler import Scheduler
 from seesaw_ds.sched.staying import LiveBatch
 
@@ -52,6 +52,7 @@ def runs(draw):
         decode_stages=draw(st.integers(1, 3)),
         mixes_steps=draw(st.booleans()),
         is_static=draw(st.booleans()),
+        preload=draw(st.none() | st.builds(PreloadSize, st.integers(1, 4), st.integers(1, 6))),
     )
     scheduler = Scheduler(
         limits,
