@@ -126,6 +126,7 @@ class Ring:
     """
 
     def __init__(self, mapping: NodeSharedMapping, offset: int, slot_bytes: int, num_slots: int = NUM_SLOTS) -> None:
+        self._slot_bytes = slot_bytes
         self._slots = mapping.tensor(offset, (num_slots, slot_bytes), torch.uint8)
         flags = mapping.tensor(offset + self._slots.numel(), (2, _LINE_FLAGS), torch.int32)
         self._written = flags[0, :1]
@@ -134,7 +135,9 @@ class Ring:
 
     def pieces(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The bytes of a contiguous tensor, cut to what a slot holds."""
-        return tensor.view(-1).view(torch.uint8).split(self._slots.shape[1])
+        flat = (tensor if tensor.dim() == 1 else tensor.view(-1)).view(torch.uint8)
+        # Most often it is one piece, and there may be many hundred of them.
+        return (flat,) if flat.nbytes <= self._slot_bytes else flat.split(self._slot_bytes)
 
     def write(self, lane: Lane, source: torch.Tensor) -> None:
         """Put the next piece into the ring, bytes on the device."""
@@ -203,17 +206,24 @@ class StreamLane:
         return event
 
 
+_lanes_in_use: list[StreamLane] = []
+
+
 def stream_lanes(device: torch.device) -> tuple[StreamLane, StreamLane]:
     """Two lanes, outgoing and incoming, that hold up neither each other nor the current stream, if there are such.
 
+    Nor do they hold up those that the process was given before: an exchange may go on beside a pipeline's transfers.
     The device must be idle, and becomes idle. Warns when there are none.
     """
     current = get_accelerator().current_stream()
-    outgoing, incoming = pick_apart(
-        lambda: StreamLane(device),
-        lambda lane, chosen: any(_holds_up(lane, stream) for stream in (current, *(other._stream for other in chosen))),
-        num_wanted=2,
-    )
+
+    def holds_up(lane: StreamLane, chosen: Sequence[StreamLane]) -> bool:
+        return any(
+            _holds_up(lane, stream) for stream in (current, *(other._stream for other in (*_lanes_in_use, *chosen)))
+        )
+
+    outgoing, incoming = pick_apart(lambda: StreamLane(device), holds_up, num_wanted=2)
+    _lanes_in_use.extend((outgoing, incoming))
     return outgoing, incoming
 
 

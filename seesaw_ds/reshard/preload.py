@@ -24,9 +24,9 @@ from seesaw_ds.reshard.arena import WeightArena
 from seesaw_ds.reshard.plan import ReshardPlan, Round, Transfer
 from seesaw_ds.sched.output import PreloadSize
 
-# Rounds are queued step by step, as many each time as have all under way after so many steps: what queueing takes of
-# the host is hidden behind the steps.
-_MOST_STEPS = 24
+# Rounds are queued step by step, so that all are under way after so many steps: what queueing takes of the host is
+# hidden behind them.
+_NUM_STEPS = 32
 
 
 class _Arrival(NamedTuple):
@@ -63,7 +63,8 @@ class CellPreload:
         self._blocks = blocks[:, :chunk_numel]
         self._chunk_numel = chunk_numel
         self._to_start: deque[tuple[Round, Sequence[int]]] = deque()
-        self._rounds_a_step = 0
+        self._num_steps = 0
+        self._num_begun = 0
         self._arrivals: list[_Arrival] = []
         self.num_bytes = 0
 
@@ -80,11 +81,15 @@ class CellPreload:
             (round_, block_ids[start : start + round_blocks])
             for round_, start in zip(self._rounds[:num_rounds], starts, strict=True)
         )
-        self._rounds_a_step = -(-num_rounds // _MOST_STEPS)
+        self._num_steps, self._num_begun = 0, num_rounds
 
     def advance(self) -> None:
         """Queue the next rounds, if any are left. Called once after each step."""
-        for _ in range(min(self._rounds_a_step, len(self._to_start))):
+        if not self._to_start:
+            return
+        self._num_steps += 1
+        num_later = self._num_begun * max(0, _NUM_STEPS - self._num_steps) // _NUM_STEPS
+        while len(self._to_start) > num_later:
             self._start(*self._to_start.popleft())
 
     def land(self) -> tuple[int, int]:
@@ -119,9 +124,9 @@ class CellPreload:
                 cell = self._arena.cell(spec.name, outgoing.src_slot).flatten()
                 sends += [(chunk, self._global_ranks[outgoing.dst_rank]) for chunk in cell.split(self._chunk_numel)]
             if incoming is not None:
-                for start in range(0, spec.numel, self._chunk_numel):
-                    landing = self._blocks[next(block), : spec.numel - start]
-                    receives.append((landing, self._global_ranks[incoming.src_rank]))
+                landing = [self._blocks[next(block)] for _ in range(self._num_chunks(spec.numel))]
+                landing[-1] = landing[-1][: (spec.numel - 1) % self._chunk_numel + 1]
+                receives += [(chunk, self._global_ranks[incoming.src_rank]) for chunk in landing]
         self._arrivals.append(_Arrival(self._transport.exchange(sends, receives), incoming, block_ids))
 
     def _copy_to_slot(self, slot: int, block_ids: Sequence[int]) -> int:

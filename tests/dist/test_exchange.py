@@ -15,6 +15,8 @@ from seesaw_ds.reshard.arena import WeightArena
 from seesaw_ds.reshard.exchange import ExchangeReshard
 from seesaw_ds.reshard.host import HostReshard, HostWeights
 from seesaw_ds.reshard.plan import CellTensor, ReshardPlan, plan_reshard
+from seesaw_ds.reshard.preload import CellPreload
+from seesaw_ds.sched.output import PreloadSize
 from staged import staged_transport
 
 CELL_TENSORS = (CellTensor("qkv", 6, 4), CellTensor("o", 2, 4), CellTensor("down", 5, 3))
@@ -50,11 +52,19 @@ def make_arena(plan: ReshardPlan, rank: int) -> WeightArena:
     return arena
 
 
-def transit_ten_times(reshard, arena: WeightArena, plan: ReshardPlan, rank: int) -> None:
+def transit_ten_times(
+    reshard, arena: WeightArena, plan: ReshardPlan, rank: int, preload: CellPreload | None = None
+) -> None:
+    """If there is a preload, ever more of the exchange to decode comes early."""
     addresses = [arena.cell(spec.name, 0).data_ptr() for spec in CELL_TENSORS]
     phase = Phase.PREFILL
-    for _ in range(10):
+    for transition in range(10):
         phase = phase.other
+        if preload is not None and phase is Phase.DECODE:
+            num_rounds = min(transition // 2, preload.size.num_rounds)
+            preload.begin(num_rounds, range(1, 1 + num_rounds * preload.size.round_blocks))
+            for _ in range(8 * transition):  # all after 32
+                preload.advance()
         assert reshard.run(phase) == len(plan.incoming(phase, rank)) * CELL_BYTES
         check(arena, plan, phase, rank)
     with pytest.raises(AssertionError, match="in phase prefill already"):
@@ -63,7 +73,9 @@ def transit_ten_times(reshard, arena: WeightArena, plan: ReshardPlan, rank: int)
     reshard.close()
 
 
-def exchange_rank(text: str, num_layers: int, piece_bytes: int, is_staged: bool) -> None:
+def exchange_rank(
+    text: str, num_layers: int, piece_bytes: int, is_staged: bool, chunk_numel: int | None = None
+) -> None:
     exchange._PIECE_BYTES = piece_bytes
     layouts = LayoutPair.parse(text)
     groups = [
@@ -75,7 +87,13 @@ def exchange_rank(text: str, num_layers: int, piece_bytes: int, is_staged: bool)
     arena = make_arena(plan, rank)
     fill(arena, plan, rank)
     transport = staged_transport(groups[replica]) if is_staged else BackendTransport(group, torch.device("cpu"))
-    transit_ten_times(ExchangeReshard(plan, arena, transport, rank, groups[replica]), arena, plan, rank)
+    reshard = ExchangeReshard(plan, arena, transport, rank, groups[replica])
+    if chunk_numel is not None:
+        blocks = torch.zeros((200, chunk_numel + rank), dtype=torch.int32)
+        reshard.preload = CellPreload(plan, arena, transport, rank, groups[replica], blocks, chunk_numel)
+        num_chunks = sum(-(-spec.numel // chunk_numel) for spec in CELL_TENSORS)
+        assert reshard.preload.size == PreloadSize(len(plan.rounds(Phase.DECODE)), num_chunks)
+    transit_ten_times(reshard, arena, plan, rank, reshard.preload)
 
 
 def host_rank(text: str, num_layers: int) -> None:
@@ -120,6 +138,13 @@ def test_exchange_is_exact_after_ten_transitions(text, num_layers, piece_bytes):
 def test_exchange_through_host_memory_is_exact_after_ten_transitions(monkeypatch, text, num_layers):
     monkeypatch.setattr("seesaw_ds.parallel.host_transport.MAX_SLOT_BYTES", 64)
     run_ranks(LayoutPair.parse(text).world_size, exchange_rank, text, num_layers, 80, True)
+
+
+@pytest.mark.parametrize("chunk_numel", [7, 8, 24])
+@pytest.mark.parametrize(("text", "num_layers"), [("P2->T2", 6), ("P4->T4", 5), ("P4->T2P2", 5)])
+def test_exchange_that_begins_early_is_exact_after_ten_transitions(monkeypatch, text, num_layers, chunk_numel):
+    monkeypatch.setattr("seesaw_ds.parallel.host_transport.MAX_SLOT_BYTES", 64)
+    run_ranks(LayoutPair.parse(text).world_size, exchange_rank, text, num_layers, 80, True, chunk_numel)
 
 
 @pytest.mark.parametrize(

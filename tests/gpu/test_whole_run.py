@@ -108,6 +108,17 @@ def test_logprobs_match_transformers(
 
 
 @pytest.mark.gpu(2)
+@pytest.mark.parametrize("layouts", ["P2->T2", "T2->P2"])
+def test_logprobs_match_transformers_where_weights_come_early(
+    model: Path, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layouts: str
+) -> None:
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    check_logprobs(model, prompts, tmp_path / "run", layouts, num_gpu_kv_blocks=6000)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["reshard"]["preloaded_bytes"] > 0
+
+
+@pytest.mark.gpu(2)
 @pytest.mark.parametrize(
     ("model_type", "switches"),
     [("qwen3", {}), ("gemma2", {"sliding_window": 100, "query_pre_attn_scalar": 128}), ("olmo2", {})],
