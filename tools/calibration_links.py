@@ -22,7 +22,7 @@ def link_figures(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict
     return {
         "all_reduce": all_reduce_points(sizes, dtype, device),
         **send_rates(sizes, dtype, device),
-        "exchange_bandwidth": exchange_bandwidth(sizes, device),
+        **exchange_figures(sizes, device),
     }
 
 
@@ -82,7 +82,7 @@ def _one_way_seconds(num_bytes: int, dtype: torch.dtype, device: torch.device) -
     return typical_seconds(run, device) / 2
 
 
-def exchange_bandwidth(sizes: Sizes, device: torch.device) -> float:
+def exchange_figures(sizes: Sizes, device: torch.device) -> dict[str, float]:
     """Bytes/s each way when ranks next to each other swap tensors as a change of layout does, all pairs at once."""
     rank, num_bytes = dist.get_rank(), sizes.send_bytes[1]
     peer = rank ^ 1
@@ -94,4 +94,5 @@ def exchange_bandwidth(sizes: Sizes, device: torch.device) -> float:
     def run() -> None:
         transport.exchange(sends, receives).wait()
 
-    return num_bytes / typical_seconds(run, device)
+    bandwidth = num_bytes / typical_seconds(run, device)
+    return {"exchange_bandwidth": bandwidth, "preloads": float(transport.runs_beside_steps)}

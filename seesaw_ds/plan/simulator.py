@@ -33,7 +33,7 @@ from seesaw_ds.plan.cost import CostModel, StepWork, add_work, chunk_work
 from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.layout_choice import LayoutChoice
 from seesaw_ds.plan.outcome import SimulatedRun, TookTooLong
-from seesaw_ds.plan.transfers import CopyLanes, ReshardSeconds, reshard_seconds
+from seesaw_ds.plan.transfers import CopyLanes, ReshardSeconds, preload_size, reshard_seconds
 from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.sched.output import (
     Action,
@@ -47,6 +47,7 @@ from seesaw_ds.sched.output import (
     PhaseSwitched,
     PrefillBatch,
     PrefillDone,
+    Preload,
     SchedulerLimits,
     SequenceSpec,
     SwapIn,
@@ -80,6 +81,7 @@ class _Replica:
             num_host_blocks=limits.num_host_blocks // bundle,
             max_num_seqs=limits.max_num_seqs // bundle,
             max_num_batched_tokens=max(1, limits.max_num_batched_tokens // unit * self._rounds // bundle),
+            preload=limits.preload and limits.preload._replace(round_blocks=-(-limits.preload.round_blocks // bundle)),
         )
         chooser = LayoutChoice(costs, reshard, limits, unit=unit, bundle=bundle) if stays and limits.may_stay else None
         pairs = max(1, shape.pairs_per_token // unit)
@@ -99,6 +101,8 @@ class _Replica:
         self._num_answers = 0
         self._phase = Phase.PREFILL
         self._part_end = 0.0
+        self._preloaded = 0.0  # a share of the weights, and when they are there
+        self._preload_end = 0.0
         self._stage_free = [0.0] * costs[Phase.PREFILL].layout.pp
         self._group_ready = [0.0] * costs[Phase.PREFILL].layout.pp
         self._lanes = [CopyLanes(hardware) for _ in range(max(cost.layout.pp for cost in costs.values()))]
@@ -141,6 +145,10 @@ class _Replica:
         elif isinstance(action, Evict):
             num_bytes = len(action.gpu_block_ids) * self._rank_block_bytes[self._phase]
             self._answer(self._lanes[0].copy_out(now, num_bytes), EvictDone(action.seq_id))
+        elif isinstance(action, Preload):
+            assert self.scheduler.limits.preload is not None
+            self._preloaded = action.num_rounds / self.scheduler.limits.preload.num_rounds
+            self._preload_end = now + self._preloaded * self._reshard.to_decode.weights
         elif isinstance(action, SwitchPhase):
             self._switch(action, now)
         else:
@@ -216,7 +224,9 @@ class _Replica:
         copies = [max(lanes.in_free, lanes.out_free) for lanes in self._lanes]
         start = max(now, *self._stage_free, *copies)
         self._count_seconds(self._phase, start)
-        end = start + self._reshard.to(action.to, self._bundle * len(action.gpu_block_ids))
+        end = max(start, self._preload_end)
+        end += self._reshard.to(action.to, self._bundle * len(action.gpu_block_ids), self._preloaded)
+        self._preloaded = 0.0
         self.transition_seconds += end - start
         self._part_end = end
         self._phase = action.to
@@ -288,8 +298,12 @@ class Simulator:
         reshard = reshard_seconds(
             self.shape, self.pair, self.hardware, self.dtype, self.weight_reshard, self.limits.block_size
         )
+        size = preload_size(
+            self.shape, self.pair, self.hardware, self.dtype, self.weight_reshard, self.limits.block_size
+        )
+        limits = replace(self.limits, preload=size)
         self._replicas = [
-            _Replica(self.limits, costs, reshard, self.hardware, self.unit, self.bundle, self.stays)
+            _Replica(limits, costs, reshard, self.hardware, self.unit, self.bundle, self.stays)
             for _ in range(self.pair.dp)
         ]
         self._waiting, self._num_dealt = deque(lengths), 0

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
-from seesaw_ds.layout import LayoutPair, ParallelLayout, Phase
+from seesaw_ds.layout import LayoutPair, ParallelLayout, Phase, Shard
 from seesaw_ds.plan.hardware import HardwareProfile
+from seesaw_ds.sched.output import PreloadSize
 from seesaw_ds.shapes import DTYPE_BYTES, ModelShape
 
 
 class TransitionSeconds(NamedTuple):
-    """Seconds of a transition one way: the weights', and each KV block's that stays on the devices."""
+    """Seconds of a transition one way: the weights', and each KV block's that stays on the devices.
+
+    `landing`: from KV blocks to their slots, for weights that have all come early.
+    """
 
     weights: float
     kv_block: float
+    landing: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +31,12 @@ class ReshardSeconds:
     to_prefill: TransitionSeconds
     to_decode: TransitionSeconds
 
-    def to(self, phase: Phase, num_kv_blocks: int = 0) -> float:
-        """Seconds of the transition into `phase` with `num_kv_blocks` blocks on the devices."""
+    def to(self, phase: Phase, num_kv_blocks: int = 0, preloaded: float = 0.0) -> float:
+        """Seconds of the transition into `phase` with `num_kv_blocks` blocks on the devices, and a share `preloaded` of
+        the weights too.
+        """
         way = self.to_prefill if phase is Phase.PREFILL else self.to_decode
-        return way.weights + num_kv_blocks * way.kv_block
+        return (1 - preloaded) * way.weights + preloaded * way.landing + num_kv_blocks * way.kv_block
 
 
 def reshard_seconds(
@@ -42,13 +50,43 @@ def reshard_seconds(
     """
     ways = {}
     for to in Phase:
-        weights = kv_block = 0.0
+        way = TransitionSeconds(0.0, 0.0, 0.0)
         if not pair.is_static:
             source, target = pair[to.other], pair[to]
-            weights = _weights_seconds(shape, pair.cells_per_layer, source, target, hardware, dtype, weight_reshard)
-            kv_block = _kv_block_seconds(shape, source, target, hardware, dtype, block_size)
-        ways[to] = TransitionSeconds(weights, kv_block)
+            way = TransitionSeconds(
+                _weights_seconds(shape, pair.cells_per_layer, source, target, hardware, dtype, weight_reshard),
+                _kv_block_seconds(shape, source, target, hardware, dtype, block_size),
+                _landing_seconds(shape, pair.cells_per_layer, source, target, hardware, dtype),
+            )
+        ways[to] = way
     return ReshardSeconds(ways[Phase.PREFILL], ways[Phase.DECODE])
+
+
+def preload_size(
+    shape: ModelShape, pair: LayoutPair, hardware: HardwareProfile, dtype: str, weight_reshard: str, block_size: int
+) -> PreloadSize | None:
+    """What of the exchange into the decode layout can come early, if the machine does that; a round for each cell."""
+    if not hardware.preloads or pair.is_static or weight_reshard != "exchange":
+        return None
+    cells = pair.cells_per_layer
+    num_rounds = max(received for _, received in _parts(pair.prefill, pair.decode, shape.num_layers, cells))
+    if num_rounds == 0:
+        return None
+    shards = [
+        max((pair[phase].shard(rank, shape.num_layers, shape.num_kv_heads) for phase in Phase), key=_size)
+        for rank in range(pair.replica_size)
+    ]
+    smallest = min(shards, key=_size)
+    block_bytes = shape.kv_block_bytes(smallest.layers.size, smallest.kv_heads.size, block_size, dtype)
+    return PreloadSize(num_rounds, math.ceil(_cell_bytes(shape, cells, dtype) / block_bytes))
+
+
+def _size(shard: Shard) -> int:
+    return shard.layers.size * shard.kv_heads.size
+
+
+def _cell_bytes(shape: ModelShape, cells: int, dtype: str) -> float:
+    return shape.layer_parameters * DTYPE_BYTES[dtype] / cells
 
 
 @cache
@@ -75,12 +113,20 @@ def _weights_seconds(
     dtype: str,
     weight_reshard: str,
 ) -> float:
-    cell_bytes = shape.layer_parameters * DTYPE_BYTES[dtype] / cells
+    cell_bytes = _cell_bytes(shape, cells, dtype)
     parts = _parts(source, target, shape.num_layers, cells)
     if weight_reshard == "host":
         return max(num_new for num_new, _ in parts) * cell_bytes / hardware.host_to_device
     num_received = max(received for _, received in parts)
     return num_received * cell_bytes / _exchange_bandwidth(hardware) + hardware.send_seconds * shape.num_layers
+
+
+def _landing_seconds(
+    shape: ModelShape, cells: int, source: ParallelLayout, target: ParallelLayout, hardware: HardwareProfile, dtype: str
+) -> float:
+    num_received = max(received for _, received in _parts(source, target, shape.num_layers, cells))
+    num_bytes = num_received * _cell_bytes(shape, cells, dtype)
+    return 2 * num_bytes / (hardware.memory_bandwidth * hardware.memory_efficiency)
 
 
 def _kv_block_seconds(

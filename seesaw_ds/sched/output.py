@@ -28,8 +28,7 @@ from seesaw_ds.requests import FinishReason
 from seesaw_ds.sched.blocks import blocks_for
 
 
-@dataclass(frozen=True, slots=True)
-class PreloadSize:
+class PreloadSize(NamedTuple):
     """The exchange of weights into the decode layout: its rounds, and KV blocks for what a rank gets in one."""
 
     num_rounds: int

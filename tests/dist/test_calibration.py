@@ -8,7 +8,7 @@ import torch
 
 from calibrate import make_profile, measure_figures
 from calibration_device import CPU_SIZES, MIB
-from calibration_links import exchange_bandwidth
+from calibration_links import exchange_figures
 from harness import run_ranks
 from seesaw_ds.layout import ParallelLayout
 from seesaw_ds.plan.cost import CostModel, StepWork
@@ -42,6 +42,7 @@ def test_two_ranks_measure_a_whole_profile(monkeypatch) -> None:
         assert profile.pads_decode == 1.0
         assert set(profile.all_reduce) == {2}
         assert profile.exchange_bandwidth is not None and profile.exchange_bandwidth < 1e12
+        assert profile.preloads == 1.0
         assert profile.duplex <= min(profile.host_to_device, profile.device_to_host)
         cost = CostModel(SIZES.shape, profile, ParallelLayout(tp=2), "float32")
         layer = cost.layer_seconds(StepWork(num_tokens=4, decode_context=256, num_rows=4))
@@ -51,5 +52,5 @@ def test_two_ranks_measure_a_whole_profile(monkeypatch) -> None:
 def test_the_last_of_an_odd_number_has_nobody_to_swap_with(monkeypatch) -> None:
     monkeypatch.setattr("calibration_device._SPAN_SECONDS", 0.002)
     monkeypatch.setattr("calibration_device._NUM_SPANS", 2)
-    rates = run_ranks(3, exchange_bandwidth, SIZES, torch.device("cpu"))
-    assert rates[0] > 0 and rates[1] > 0
+    figures = run_ranks(3, exchange_figures, SIZES, torch.device("cpu"))
+    assert figures[0]["exchange_bandwidth"] > 0 and figures[1]["exchange_bandwidth"] > 0

@@ -11,7 +11,8 @@ from seesaw_ds.errors import UserError
 from seesaw_ds.layout import ParallelLayout, Phase
 from seesaw_ds.plan.appendix_a import Rates, layer_terms, max_batch, seconds_per_sequence
 from seesaw_ds.plan.cost import CostModel, StepWork, add_work, chunk_work
-from seesaw_ds.plan.transfers import CopyLanes, reshard_seconds
+from seesaw_ds.plan.transfers import CopyLanes, preload_size, reshard_seconds
+from seesaw_ds.sched.output import PreloadSize
 
 MODEL = shape("llama2-70b")
 RATES = Rates(flops=100e12, memory_bandwidth=500e9, all_reduce_bandwidth=lambda tp: 10e9 / tp)
@@ -178,6 +179,29 @@ def test_an_exchange_may_be_slower_than_a_send():
     in_memory = 2 / 2 / (machine.memory_bandwidth * machine.memory_efficiency)
     blocks = reshard.to(Phase.DECODE, 1000) - reshard.to(Phase.DECODE)
     assert blocks == pytest.approx(1000 * block_bytes * (in_memory + 1 / 4 / 2e10))
+
+
+def test_weights_that_come_early_are_only_copied_within_the_device():
+    machine = replace(hardware("h200-p2p-off"), send_seconds=1e-12)
+    reshard = reshard_seconds(MODEL, pair("P2->T2"), machine, "bfloat16", "exchange", 16)
+    layer_bytes = 80 * MODEL.layer_parameters * 2
+    landing = 2 * layer_bytes / 4 / (machine.memory_bandwidth * machine.memory_efficiency)
+    assert reshard.to(Phase.DECODE, preloaded=1.0) == pytest.approx(landing)
+    half = reshard.to(Phase.DECODE, 10, preloaded=0.5)
+    assert half == pytest.approx((landing + reshard.to(Phase.DECODE, 20)) / 2)
+
+
+def test_blocks_of_the_smallest_shard_bound_what_comes_early():
+    machine = hardware("h200-p2p-off")
+    # A cell is half a layer, 816 MiB; a block of 16 tokens has 40 layers of 8 heads, 2.5 MiB.
+    assert preload_size(MODEL, pair("P2->T2"), machine, "bfloat16", "exchange", 16) == PreloadSize(40, 327)
+    # The first rank's blocks have 80 layers of four heads in decode, the second one's 60 of eight in prefill.
+    assert preload_size(MODEL, pair("P2[20,60]->T2"), machine, "bfloat16", "exchange", 16) == PreloadSize(60, 327)
+    # An eighth of a layer, and blocks of ten layers.
+    assert preload_size(MODEL, pair("P8->T8"), machine, "bfloat16", "exchange", 16) == PreloadSize(70, 327)
+    assert preload_size(MODEL, pair("P2->T2"), machine, "bfloat16", "host", 16) is None
+    assert preload_size(MODEL, pair("T2"), machine, "bfloat16", "exchange", 16) is None
+    assert preload_size(MODEL, pair("P2->T2"), hardware("h200-nvlink"), "bfloat16", "exchange", 16) is None
 
 
 def test_kv_on_the_devices_moves_where_its_owner_changes_and_is_rewritten_everywhere():

@@ -51,6 +51,19 @@ def mixed_batch(step_id: int, group: int) -> PrefillBatch:
     return PrefillBatch(step_id, (chunk,), group, (DecodeRow(group, group, position=1000),))
 
 
+@pytest.mark.parametrize(("unit", "bundle"), [(1, 1), (4, 1), (4, 2)])
+def test_weights_come_while_the_last_prompts_run(unit: int, bundle: int):
+    machine = hardware("h200-p2p-off")
+    lengths = workload_lengths("sharegpt", 400)
+    changes = {"host_gib": 24.0, "machine": machine, "unit": unit, "bundle": bundle, "stays": False}
+    early = simulate("P2->T2", lengths, **changes)
+    late = simulate("P2->T2", lengths, **(changes | {"machine": replace(machine, preloads=None)}))
+    assert late.transition_seconds > 1.0
+    assert early.transition_seconds < 0.4
+    assert early.prefill_seconds == pytest.approx(late.prefill_seconds, rel=0.01)
+    assert early.decode_seconds == pytest.approx(late.decode_seconds, rel=0.05)
+
+
 @pytest.mark.parametrize("mixed_steps", [True, False])
 @pytest.mark.parametrize("layouts", ["P8->T4P2", "T4P2"])
 def test_parts_add_up_to_the_whole(layouts, mixed_steps):
