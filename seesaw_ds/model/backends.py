@@ -78,8 +78,18 @@ class CudaBackends:
     def compile_kernels(self) -> None:
         from seesaw_ds.model.kernel_library import compile_kernels, needed_kernels
 
-        activation = self.shape.family.activation
-        compile_kernels(needed_kernels(_rules(self.shape), self.shape.head_dim, self.dtype, activation, self.device))
+        shape = self.shape
+        compile_kernels(
+            needed_kernels(
+                _rules(shape),
+                shape.num_heads // shape.num_kv_heads,
+                shape.head_dim,
+                self.block_size,
+                self.dtype,
+                shape.family.activation,
+                self.device,
+            )
+        )
 
     def workspace_bytes(self, tp: int, max_num_seqs: int) -> int:
         from seesaw_ds.model.attention.flashinfer_backend import workspace_bytes
@@ -89,7 +99,7 @@ class CudaBackends:
     def make_attention(
         self, phase: Phase, tp: int, workspace: torch.Tensor, max_num_seqs: int = 0, max_num_blocks: int = 0
     ) -> tuple[AttentionBackend, ...]:
-        from seesaw_ds.model.attention.flashinfer_backend import FlashInferDecode, FlashInferPrefill
+        from seesaw_ds.model.attention.flashinfer_backend import FlashInferPrefill, make_decode
 
         heads = (self.shape.num_heads // tp, self.shape.num_kv_heads // tp, self.shape.head_dim)
         rules = _rules(self.shape)
@@ -98,7 +108,7 @@ class CudaBackends:
                 FlashInferPrefill(rule, *heads, self.block_size, workspace, self.dtype, self.device) for rule in rules
             )
         sizes = (self.block_size, max_num_seqs, max_num_blocks)
-        return tuple(FlashInferDecode(rule, *heads, *sizes, workspace, self.dtype, self.device) for rule in rules)
+        return tuple(make_decode(rule, *heads, *sizes, workspace, self.dtype, self.device) for rule in rules)
 
 
 class Backends(Protocol):

@@ -1,4 +1,4 @@
-"""FlashInfer's kernels for a model, compiled all at once.
+"""FlashInfer's kernels for a model, and our own in CUDA, compiled all at once.
 
 FlashInfer compiles a kernel at its first use on a machine, one after the other: minutes in all. Which ones a model
 needs is known beforehand, so that they can be compiled side by side, and somebody can be told to wait.
@@ -23,20 +23,32 @@ logger = logging.getLogger(__name__)
 
 
 def needed_kernels(
-    rules: Sequence[AttentionRule], head_dim: int, dtype: torch.dtype, activation: Activation, device: torch.device
+    rules: Sequence[AttentionRule],
+    group_size: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    activation: Activation,
+    device: torch.device,
 ) -> list[JitSpec]:
-    """The modules that `FlashInferPrefill`, `FlashInferDecode`, `CudaOps` and the one-shot all-reduce load."""
+    """The modules that `FlashInferPrefill`, `make_decode`, `CudaOps` and the one-shot all-reduce load.
+
+    `group_size`: query heads of a KV head.
+    """
     from flashinfer.jit import gen_act_and_mul_module, gen_batch_prefill_module, gen_vllm_comm_module
     from flashinfer.jit.norm import gen_norm_module
     from flashinfer.utils import PosEncodingMode, determine_attention_backend
 
+    from seesaw_ds.model.attention.row_attention import can_attend_rows, row_kernel
+
     no_rotation = PosEncodingMode.NONE.value  # RoPE is our own
-    # Rows have fa2, and chunks what FlashInfer takes for "auto".
-    backends = {"fa2", determine_attention_backend(device, no_rotation, False, False, dtype, dtype)}
-    attention = {
-        (backend, rule.window is not None, rule.soft_cap is not None) for backend in backends for rule in rules
-    }
+    # Chunks have what FlashInfer takes for "auto"; rows a kernel of our own, or fa2.
+    chunks = determine_attention_backend(device, no_rotation, False, False, dtype, dtype)
+    own = [rule for rule in rules if can_attend_rows(rule, group_size, head_dim, block_size, device)]
+    backends = [(chunks, rule) for rule in rules] + [("fa2", rule) for rule in rules if rule not in own]
+    attention = {(backend, rule.window is not None, rule.soft_cap is not None) for backend, rule in backends}
     return [
+        *([row_kernel()] if own else []),
         gen_norm_module(),
         gen_act_and_mul_module(activation),
         gen_vllm_comm_module(),

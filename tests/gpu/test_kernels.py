@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,9 @@ from seesaw_ds.model.attention.torch_backend import TorchAttention
 from seesaw_ds.model.families.family import Activation
 from seesaw_ds.model.ops.interface import TokenPlaces
 from seesaw_ds.model.ops.torch_ops import TorchOps
+
+if TYPE_CHECKING:
+    from seesaw_ds.model.attention.row_attention import RowAttention
 
 pytestmark = pytest.mark.gpu(1)
 
@@ -154,12 +159,72 @@ def test_decode_attention_at_several_sizes(rule: AttentionRule) -> None:
         assert attention_error(backend, [1] * len(kv_lens), kv_lens, rule) < 1e-2
 
 
-def test_a_captured_step_replays_with_a_new_plan() -> None:
+def own_rows(num_kv_heads: int, room: tuple[int, int] | None = None) -> RowAttention:
+    """Skips where that kernel is not used."""
+    from seesaw_ds.model.attention.row_attention import RowAttention, can_attend_rows
+
+    device = torch.device("cuda")
+    if not can_attend_rows(PLAIN, 1, HEAD_DIM, BLOCK, device):
+        pytest.skip("our kernel for rows was not made for this device")
+    return RowAttention(PLAIN, num_kv_heads, device, room)
+
+
+def some_lengths(num_rows: int, most: int) -> list[int]:
+    return np.random.default_rng(num_rows).integers(1, most + 1, num_rows).tolist()
+
+
+ROWS = {
+    "one_token": [1],
+    "short": [5, 6, 7, 8],
+    "a_block_and_one_more": [16, 17],
+    "long": [8192],
+    "long_and_short": [8192, 1, 4000, 2, 3],
+    "equal": [415] * 100,
+    "whole_blocks": [512] * 7,
+    "ragged": some_lengths(70, 4000),
+    "many": some_lengths(1024, 60),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kv_lens", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize(("num_kv_heads", "group_size"), [(1, 8), (8, 1), (2, 5), (3, 8)])
+def test_rows_of_any_number_and_length(
+    num_kv_heads: int, group_size: int, kv_lens: list[int], dtype: torch.dtype
+) -> None:
+    lens = np.array(kv_lens, np.int32)
+    num_pages = -(-lens // BLOCK)
+    num_blocks = int(num_pages.sum()) + 8
+    pool = torch.randn((num_blocks, num_kv_heads, 3, 2, BLOCK, HEAD_DIM), device="cuda").to(dtype)
+    kv_cache = pool[:, :, 1].transpose(1, 2)
+    tables = np.zeros((len(lens), num_pages.max()), np.int32)
+    ids = np.random.default_rng(0).permutation(num_blocks)
+    tables[np.arange(num_pages.max()) < num_pages[:, None]] = ids[: num_pages.sum()]
+    queries = torch.randn((len(lens), num_kv_heads * group_size, HEAD_DIM), device="cuda").to(dtype)
+    backend = own_rows(num_kv_heads)
+    backend.plan(AttentionBatch(np.ones_like(lens), lens, tables, len(lens)))
+    out = backend.forward(queries, kv_cache)
+    assert torch.equal(out, backend.forward(queries, kv_cache))
+
+    for row in range(0, len(lens), max(1, len(lens) // 16)):
+        blocks = torch.from_numpy(tables[row, : num_pages[row]]).to("cuda").long()
+        keys, values = kv_cache[blocks].float().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, : kv_lens[row]]
+        query = queries[row].float().unflatten(0, (num_kv_heads, group_size))
+        expected = torch.softmax(query @ keys.mT * PLAIN.scale, dim=-1) @ values
+        assert relative_error(out[row], expected.flatten(0, 1)) < 1e-2
+
+
+@pytest.mark.parametrize("is_own", [False, True])
+def test_a_captured_step_replays_with_a_new_plan(is_own: bool) -> None:
     from seesaw_ds.model.attention.flashinfer_backend import FlashInferDecode
     from seesaw_ds.worker.graphs import GraphExecutor, GraphPool
 
     device = torch.device("cuda")
-    backend = FlashInferDecode(PLAIN, HEADS, KV_HEADS, HEAD_DIM, BLOCK, 4, 600, workspace(), torch.bfloat16, device)
+    if is_own:
+        backend = own_rows(KV_HEADS, (4, 600))
+    else:
+        sizes = (HEADS, KV_HEADS, HEAD_DIM, BLOCK, 4, 600)
+        backend = FlashInferDecode(PLAIN, *sizes, workspace(), torch.bfloat16, device)
     reference = TorchAttention(PLAIN, BLOCK, device)
     executor = GraphExecutor(4, lambda: None, GraphPool())
     kv_cache = layer_of_a_pool(600)
@@ -176,17 +241,22 @@ def test_a_captured_step_replays_with_a_new_plan() -> None:
 def test_kernels_that_attention_loads_are_those_compiled_beforehand(rule: AttentionRule) -> None:
     from flashinfer.jit.core import jit_spec_registry
 
-    from seesaw_ds.model.attention.flashinfer_backend import FlashInferDecode, FlashInferPrefill
+    from seesaw_ds.model.attention.flashinfer_backend import FlashInferPrefill, make_decode
+    from seesaw_ds.model.attention.row_attention import can_attend_rows, row_kernel
     from seesaw_ds.model.kernel_library import needed_kernels
 
     device = torch.device("cuda")
-    names = {spec.name for spec in needed_kernels([rule], HEAD_DIM, torch.bfloat16, "silu", device)}
+    group = HEADS // KV_HEADS
+    names = {spec.name for spec in needed_kernels([rule], group, HEAD_DIM, BLOCK, torch.bfloat16, "silu", device)}
     sizes = (HEADS, KV_HEADS, HEAD_DIM, BLOCK)
     prefill = FlashInferPrefill(rule, *sizes, workspace(), torch.bfloat16, device)
-    decode = FlashInferDecode(rule, *sizes, 8, 600, workspace(), torch.bfloat16, device)
+    decode = make_decode(rule, *sizes, 8, 600, workspace(), torch.bfloat16, device)
     assert attention_error(prefill, [1, 300], [700, 300], rule, num_rows=1) < 1e-2
     assert attention_error(decode, [1, 1], [900, 3], rule) < 1e-2
     kind = f"use_swa_{rule.window is not None}_use_logits_cap_{rule.soft_cap is not None}"
     loaded = {status.name for status in jit_spec_registry.get_all_statuses() if kind in status.name}
+    if can_attend_rows(rule, group, HEAD_DIM, BLOCK, device):
+        assert row_kernel().name in names
+        loaded = {row_kernel().name} | {name for name in loaded if name.endswith("_sm90")}  # other tests load fa2
     assert loaded <= names
-    assert all(status.is_compiled for status in jit_spec_registry.get_all_statuses() if status.name in names & loaded)
+    assert all(status.is_compiled for status in jit_spec_registry.get_all_statuses() if status.name in loaded)

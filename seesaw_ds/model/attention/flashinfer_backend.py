@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 
-from seesaw_ds.model.attention.interface import AttentionBatch, AttentionRule
+from seesaw_ds.model.attention.interface import AttentionBackend, AttentionBatch, AttentionRule
+from seesaw_ds.model.attention.row_attention import RowAttention, can_attend_rows
 from seesaw_ds.parallel.device import to_device
 
 _CHUNK_BYTES = 256 << 20
@@ -60,11 +61,47 @@ def workspace_bytes(max_num_rows: int, num_heads: int, head_dim: int) -> int:
     return max(_CHUNK_BYTES, _ROW_BYTES + _SPLIT_COPIES * max_num_rows * num_heads * head_dim * 4)
 
 
+class _FlashInferRows:
+    """Decode rows of a prefill batch, by FlashInfer's kernel for them."""
+
+    def __init__(
+        self,
+        rule: AttentionRule,
+        heads: tuple[int, int, int],
+        block_size: int,
+        workspace: torch.Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._settings = {"q_data_type": dtype, "kv_data_type": dtype, **_rule_arguments(rule)}
+        self._heads = heads
+        self._block_size = block_size
+        self._device = device
+        self._wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True, backend="fa2")
+        self._fence = _PlanFence()
+
+    def plan(self, batch: AttentionBatch) -> None:
+        offsets, blocks, last_lens = _pages(batch.kv_lens, batch.block_tables, self._block_size)
+        self._fence.wait()
+        self._wrapper.plan(
+            torch.from_numpy(offsets),
+            to_device(blocks, self._device),
+            torch.from_numpy(last_lens),
+            *self._heads,
+            self._block_size,
+            **self._settings,
+        )
+        self._fence.record()
+
+    def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor, out_NHD: torch.Tensor) -> torch.Tensor:
+        return self._wrapper.run(q_NHD, kv_cache, out=out_NHD)
+
+
 class FlashInferPrefill:
     """Chunks of prompts, of any lengths, after decode rows; causal, each attends to what its sequence has in the cache.
 
-    Decode rows have a kernel of their own, which splits long KV among thread blocks. `workspace`, of `workspace_bytes`,
-    may be used by others on the same stream between the calls.
+    Decode rows have a kernel of their own, which splits long KV among thread blocks: `RowAttention` or FlashInfer's.
+    `workspace`, of `workspace_bytes`, may be used by others on the same stream between the calls.
     """
 
     def __init__(
@@ -86,31 +123,26 @@ class FlashInferPrefill:
         self._num_rows = 0
         self._has_chunks = False
         self._chunks = BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
-        self._rows = BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True, backend="fa2")
         self._fence = _PlanFence()
+        self._rows: RowAttention | _FlashInferRows
+        if can_attend_rows(rule, num_heads // num_kv_heads, head_dim, block_size, device):
+            self._rows = RowAttention(rule, num_kv_heads, device)
+        else:
+            self._rows = _FlashInferRows(rule, self._heads, block_size, workspace, dtype, device)
 
     def plan(self, batch: AttentionBatch) -> None:
         num_rows = batch.num_decode_rows
         self._num_rows = num_rows
         self._has_chunks = num_rows < len(batch.query_lens)
-        settings = {"q_data_type": self._dtype, "kv_data_type": self._dtype, **self._rule}
-        kv_lens, tables = batch.kv_lens, batch.block_tables
-        self._fence.wait()
+        query_lens, kv_lens, tables = batch.query_lens, batch.kv_lens, batch.block_tables
         if num_rows:
-            offsets, blocks, last_lens = _pages(kv_lens[:num_rows], tables[:num_rows], self._block_size)
-            self._rows.plan(
-                torch.from_numpy(offsets),
-                to_device(blocks, self._device),
-                torch.from_numpy(last_lens),
-                *self._heads,
-                self._block_size,
-                **settings,
-            )
+            self._rows.plan(AttentionBatch(query_lens[:num_rows], kv_lens[:num_rows], tables[:num_rows], num_rows))
         if self._has_chunks:
-            query_lens = batch.query_lens[num_rows:]
+            query_lens = query_lens[num_rows:]
             offsets, blocks, last_lens = _pages(kv_lens[num_rows:], tables[num_rows:], self._block_size)
             query_offsets = np.zeros(len(query_lens) + 1, dtype=np.int32)
             np.cumsum(query_lens, out=query_offsets[1:])
+            self._fence.wait()
             self._chunks.plan(
                 torch.from_numpy(query_offsets),
                 torch.from_numpy(offsets),
@@ -119,15 +151,17 @@ class FlashInferPrefill:
                 *self._heads,
                 self._block_size,
                 causal=True,
-                **settings,
+                q_data_type=self._dtype,
+                kv_data_type=self._dtype,
+                **self._rule,
             )
-        self._fence.record()
+            self._fence.record()
 
     def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
         if not self._num_rows:
             return self._chunks.run(q_NHD, kv_cache)
         out_NHD = torch.empty_like(q_NHD)
-        self._rows.run(q_NHD[: self._num_rows], kv_cache, out=out_NHD[: self._num_rows])
+        self._rows.forward(q_NHD[: self._num_rows], kv_cache, out_NHD[: self._num_rows])
         if self._has_chunks:
             self._chunks.run(q_NHD[self._num_rows :], kv_cache, out=out_NHD[self._num_rows :])
         return out_NHD
@@ -198,3 +232,22 @@ class FlashInferDecode:
             wrapper.reset_workspace_buffer(self._workspace, self._plan)
             self._wrappers[num_seqs] = (wrapper, _PlanFence())
         return self._wrappers[num_seqs]
+
+
+def make_decode(
+    rule: AttentionRule,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    max_num_seqs: int,
+    max_num_blocks: int,
+    workspace: torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> AttentionBackend:
+    """For decode steps: `RowAttention` where it can, else `FlashInferDecode`, whose arguments these are."""
+    if can_attend_rows(rule, num_heads // num_kv_heads, head_dim, block_size, device):
+        return RowAttention(rule, num_kv_heads, device, (max_num_seqs, max_num_blocks))
+    sizes = (num_heads, num_kv_heads, head_dim, block_size, max_num_seqs, max_num_blocks)
+    return FlashInferDecode(rule, *sizes, workspace, dtype, device)
