@@ -115,7 +115,7 @@ class LayoutChoice:
         return taken
 
     def _options(self, batch: LiveBatch, mean_tokens: float, corrections: Corrections) -> _Options:
-        model = _Model(self._costs, self._reshard, self._limits, corrections)
+        model = _Model(self._costs, self._reshard, self._limits, corrections, batch.preloaded)
         if batch.num_prompts_left:
             return _refill_options(model, refill(batch, mean_tokens, self._room))
         return _rundown_options(model, run_down(batch, mean_tokens, self._room))
@@ -128,17 +128,19 @@ class LayoutChoice:
             return tuple(LiveSequence(unit * stored, unit * most) for stored, most in sequences for _ in range(bundle))
 
         on_gpu, on_host = expanded(batch.on_gpu), expanded(batch.on_host)
-        return LiveBatch(on_gpu, on_host, unit * batch.mean_tokens, bundle * batch.num_prompts_left)
+        num_prompts_left = bundle * batch.num_prompts_left
+        return LiveBatch(on_gpu, on_host, unit * batch.mean_tokens, num_prompts_left, batch.preloaded)
 
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """Corrected seconds of spans and transitions."""
+    """Corrected seconds of spans and transitions. `preloaded`: see `LiveBatch`."""
 
     costs: Mapping[Phase, CostModel]
     reshard: ReshardSeconds
     limits: SchedulerLimits
     corrections: Corrections
+    preloaded: float
 
     def span_seconds(self, phase: Phase, span: Span) -> float:
         """All of a span's steps in the layout of `phase`."""
@@ -165,7 +167,8 @@ class _Model:
 
     def transition_seconds(self, to: Phase, num_gpu_tokens: int) -> float:
         """A transition with so many tokens of KV on the devices."""
-        seconds = self.reshard.to(to, num_gpu_tokens // self.limits.block_size)
+        preloaded = self.preloaded if to is Phase.DECODE else 0.0
+        seconds = self.reshard.to(to, num_gpu_tokens // self.limits.block_size, preloaded)
         return seconds * self.corrections.factor(WorkKind.transition(to))
 
 

@@ -9,7 +9,7 @@ from seesaw_ds.layout import Phase
 from seesaw_ds.plan.corrections import Corrections, WorkKind
 from seesaw_ds.plan.cost import CostModel, add_work, chunk_work
 from seesaw_ds.plan.transfers import ReshardSeconds
-from seesaw_ds.sched.output import Action, DecodeBatch, PrefillBatch, PrefillChunk, SwitchPhase
+from seesaw_ds.sched.output import Action, DecodeBatch, PrefillBatch, PrefillChunk, Preload, SwitchPhase
 
 # Steps of one kind, one after the other, that make a sample: their ends are told apart by more than the clock's noise.
 _STEPS_IN_SAMPLE = 8
@@ -38,6 +38,7 @@ class StepTimes:
         self._phase = Phase.PREFILL
         self._under_way: dict[int, _Step] = {}
         self._switch_seconds = 0.0
+        self._is_preloaded = False
         self._kind: WorkKind | None = None
         self._last_end = 0.0
         self._num_steps = 0
@@ -53,9 +54,14 @@ class StepTimes:
             group = action.group if action.rows else None
             seconds = self._seconds(Phase.PREFILL, action, action.chunks)
             self._under_way[action.step_id] = _Step(WorkKind.MICRO_BATCH, group, seconds)
+        elif isinstance(action, Preload):
+            self._is_preloaded = True
         elif isinstance(action, SwitchPhase):
             self._phase = action.to
-            self._switch_seconds = self._reshard.to(action.to, len(action.gpu_block_ids))
+            # Where weights have come early, what is left says little of other transitions.
+            seconds = self._reshard.to(action.to, len(action.gpu_block_ids))
+            self._switch_seconds = 0.0 if self._is_preloaded else seconds
+            self._is_preloaded = False
 
     def step_ended(self, step_id: int, now: float) -> None:
         """A step's tokens have come, at `now` seconds."""

@@ -41,6 +41,12 @@ class Preloading:
             return None
         return Preload(num_rounds, pools.lend(num_rounds * size.round_blocks))
 
+    @property
+    def share(self) -> float:
+        """How much of the exchange has come, or is on its way."""
+        size = self._limits.preload
+        return 0.0 if size is None else len(self._pools.lent_blocks) / (size.num_rounds * size.round_blocks)
+
     def end_phase(self) -> None:
         """The phase has changed: take the blocks back."""
         self._pools.take_back()

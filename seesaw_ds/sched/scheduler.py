@@ -206,7 +206,8 @@ class Scheduler:
         return TransitionReason.NO_PROMPT_LEFT if self._prefill.is_input_closed else None
 
     def _stay_or_switch(self, reason: TransitionReason) -> Action | None:
-        batch = live_batch(self._pools.owners.values(), self._forecast.mean_tokens, self._prefill.num_waiting)
+        mean_tokens, preloaded = self._forecast.mean_tokens, self._preloading.share
+        batch = live_batch(self._pools.owners.values(), mean_tokens, self._prefill.num_waiting, preloaded)
         if batch.num_sequences == 0:
             return None  # the last tokens are under way
         if self._staying.begins(batch):

@@ -31,12 +31,14 @@ class LiveBatch(NamedTuple):
 
     `mean_tokens` is the mean number of tokens after which a sequence stops by itself, as known now, infinite if none
     does. `num_prompts_left` wait for room, so that the prefill layout will be needed again; maybe more are to come.
+    `preloaded` is the share of the decode layout's weights that have come early, or are on their way.
     """
 
     on_gpu: tuple[LiveSequence, ...]
     on_host: tuple[LiveSequence, ...]
     mean_tokens: float
     num_prompts_left: int
+    preloaded: float = 0.0
 
     @property
     def num_sequences(self) -> int:
@@ -44,7 +46,7 @@ class LiveBatch(NamedTuple):
         return len(self.on_gpu) + len(self.on_host)
 
 
-def live_batch(sequences: Iterable[Sequence], mean_tokens: float, num_prompts_left: int) -> LiveBatch:
+def live_batch(sequences: Iterable[Sequence], mean_tokens: float, num_prompts_left: int, preloaded: float) -> LiveBatch:
     """What decodes of `sequences`, which have all their prompts issued: all that have not ended or are about to."""
     on_gpu: list[LiveSequence] = []
     on_host: list[LiveSequence] = []
@@ -53,7 +55,7 @@ def live_batch(sequences: Iterable[Sequence], mean_tokens: float, num_prompts_le
             is_on_gpu = seq.slot is not None and seq.state is not SequenceState.EVICTING
             live = LiveSequence(seq.next_position, seq.spec.max_tokens - seq.num_issued_tokens)
             (on_gpu if is_on_gpu else on_host).append(live)
-    return LiveBatch(tuple(on_gpu), tuple(on_host), mean_tokens, num_prompts_left)
+    return LiveBatch(tuple(on_gpu), tuple(on_host), mean_tokens, num_prompts_left, preloaded)
 
 
 class LayoutChooser(Protocol):

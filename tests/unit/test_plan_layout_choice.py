@@ -105,6 +105,12 @@ def test_a_few_last_tokens_are_not_worth_a_transition():
     assert choice(A10).num_left_to_switch(live(10, tokens=3000)) is None
 
 
+def test_they_are_if_the_weights_are_there():
+    last = live(10, tokens=10)
+    assert choice(A10).num_left_to_switch(last) == 0
+    assert choice(A10).num_left_to_switch(last._replace(preloaded=1.0)) is None
+
+
 def test_with_prompts_left_it_is_all_or_nothing():
     assert choice(SLOW).num_left_to_switch(live(200, 100, num_prompts_left=300)) == 0
     assert choice(A10).num_left_to_switch(live(60, 100, num_prompts_left=300)) is None

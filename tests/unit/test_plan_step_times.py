@@ -15,7 +15,15 @@ from seesaw_ds.plan.simulator import Simulator
 from seesaw_ds.plan.step_times import StepTimes
 from seesaw_ds.plan.transfers import reshard_seconds
 from seesaw_ds.plan.workloads import RequestLength, workload_lengths
-from seesaw_ds.sched.output import DecodeBatch, DecodeDone, DecodeRow, PhaseSwitched, PrefillDone, SwitchPhase
+from seesaw_ds.sched.output import (
+    DecodeBatch,
+    DecodeDone,
+    DecodeRow,
+    PhaseSwitched,
+    PrefillDone,
+    Preload,
+    SwitchPhase,
+)
 
 MODEL = shape("llama2-70b")
 A10 = hardware("a10")
@@ -104,3 +112,19 @@ def test_waits_between_stretches_are_left_out():
         step_id += 1
     assert corrections.factor(WorkKind.DECODE_LAYOUT_STEP) == pytest.approx(3.0)
     assert not math.isclose(corrections.factor(WorkKind.TO_DECODE), 3.0)
+
+
+def test_a_transition_whose_weights_came_early_is_no_sample():
+    step_times, corrections = times("P8->T4P2")
+    for is_preloaded in (True, False):
+        if is_preloaded:
+            step_times.issued(Preload(3, (1, 2, 3)))
+        for to in (Phase.DECODE, Phase.PREFILL):
+            step_times.issued(SwitchPhase(to))
+            step_times.switched(to, 1000.0)
+    # Two samples make a factor: there are two of the way back.
+    assert WorkKind.TO_PREFILL in corrections.known()
+    assert WorkKind.TO_DECODE not in corrections.known()
+    step_times.issued(SwitchPhase(Phase.DECODE))
+    step_times.switched(Phase.DECODE, 1000.0)
+    assert WorkKind.TO_DECODE in corrections.known()
