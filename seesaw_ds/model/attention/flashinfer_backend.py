@@ -11,7 +11,7 @@ import torch
 from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 
 from seesaw_ds.model.attention.interface import AttentionBackend, AttentionBatch, AttentionRule
-from seesaw_ds.model.attention.row_attention import RowAttention, can_attend_rows
+from seesaw_ds.model.attention.row_attention import RowAttention, can_attend_rows, loads_row_kernel
 from seesaw_ds.parallel.device import to_device
 
 _CHUNK_BYTES = 256 << 20
@@ -125,7 +125,7 @@ class FlashInferPrefill:
         self._chunks = BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
         self._fence = _PlanFence()
         self._rows: RowAttention | _FlashInferRows
-        if can_attend_rows(rule, num_heads // num_kv_heads, head_dim, block_size, device):
+        if can_attend_rows(rule, num_heads // num_kv_heads, head_dim, block_size, device) and loads_row_kernel():
             self._rows = RowAttention(rule, num_kv_heads, device)
         else:
             self._rows = _FlashInferRows(rule, self._heads, block_size, workspace, dtype, device)
@@ -247,7 +247,7 @@ def make_decode(
     device: torch.device,
 ) -> AttentionBackend:
     """For decode steps: `RowAttention` where it can, else `FlashInferDecode`, whose arguments these are."""
-    if can_attend_rows(rule, num_heads // num_kv_heads, head_dim, block_size, device):
+    if can_attend_rows(rule, num_heads // num_kv_heads, head_dim, block_size, device) and loads_row_kernel():
         return RowAttention(rule, num_kv_heads, device, (max_num_seqs, max_num_blocks))
     sizes = (num_heads, num_kv_heads, head_dim, block_size, max_num_seqs, max_num_blocks)
     return FlashInferDecode(rule, *sizes, workspace, dtype, device)

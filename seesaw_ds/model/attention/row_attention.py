@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ from seesaw_ds.parallel.device import to_device
 
 if TYPE_CHECKING:
     from flashinfer.jit.core import JitSpec
+
+logger = logging.getLogger(__name__)
 
 HEAD_DIM = 128
 MAX_GROUP = 8
@@ -54,6 +57,17 @@ def row_kernel() -> JitSpec:
         extra_cuda_cflags=[f"-DWARPS={WARPS}"],
         extra_include_paths=[env.FLASHINFER_CSRC_DIR],
     )
+
+
+@functools.cache
+def loads_row_kernel() -> bool:
+    """Whether the kernel is there now, compiled before or here. If that fails the log says so: FlashInfer's is used."""
+    try:
+        _module()
+    except Exception as error:
+        logger.warning("decode rows have FlashInfer's attention, since %s does not compile: %s", _SOURCE.name, error)
+        return False
+    return True
 
 
 @functools.cache
