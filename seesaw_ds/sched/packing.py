@@ -18,8 +18,12 @@ import math
 
 MICRO_BATCH_OVERHEAD_TOKENS = 256
 """Reading the weights and launching a micro-batch takes about as long as computing this many tokens."""
-LEAST_PROMPT_SHARE = 4
-"""However many decode rows ride in a micro-batch, its prompts have this part of its tokens and cost: one in so many."""
+LEAST_PROMPT_SHARE = 8
+"""However many decode rows ride in a micro-batch, its prompts have this part of its tokens and cost: one in so many.
+
+A small one, for with more than seven rows to a prompt token a micro-batch has more tokens than it should, and matrix
+products take a step up there: 264 tokens take three tiles of 128 where 256 take two.
+"""
 
 
 def chunk_cost(start: int, num_tokens: int, pairs_per_token: int) -> int:

@@ -207,7 +207,7 @@ class ShadowExecutor:
         limits = self.limits
         assert batch.chunks
         num_tokens = sum(chunk.num_tokens for chunk in batch.chunks)
-        assert num_tokens <= max(limits.max_num_batched_tokens - len(batch.rows), limits.max_num_batched_tokens // 4, 1)
+        assert num_tokens <= max(limits.max_num_batched_tokens - len(batch.rows), limits.max_num_batched_tokens // 8, 1)
         assert limits.mixes_steps or not batch.rows
         for chunk in batch.chunks:
             if chunk.start == 0:

@@ -94,7 +94,7 @@ def test_the_fullest_rank_bounds_the_pool():
 def test_activations_have_room_for_the_rows_that_ride_in_a_micro_batch():
     many = replace(RUN, max_num_seqs=4096)
     assert most_step_tokens(RUN) == 512  # 64 rows of one of four groups, and prompts
-    assert most_step_tokens(many) == 1024 + 512 // 4
+    assert most_step_tokens(many) == 1024 + 512 // 8
     assert most_step_tokens(replace(many, mixed_steps=False)) == 512
 
 
