@@ -39,7 +39,7 @@ class PoolSizes:
 
 
 def most_step_tokens(run: RunConfig) -> int:
-    """The most tokens of a prefill micro-batch with its decode rows, which leave prompts a quarter of it at least."""
+    """The most tokens of a prefill micro-batch with its decode rows, which leave prompts an eighth of it at least."""
     rows = -(-run.max_num_seqs // run.layout_pair.prefill.pp) if run.mixed_steps else 0
     return max(run.max_num_batched_tokens, rows + run.max_num_batched_tokens // LEAST_PROMPT_SHARE)
 
