@@ -147,8 +147,9 @@ class _Replica:
             self._answer(self._lanes[0].copy_out(now, num_bytes), EvictDone(action.seq_id))
         elif isinstance(action, Preload):
             assert self.scheduler.limits.preload is not None
-            self._preloaded = action.num_rounds / self.scheduler.limits.preload.num_rounds
-            self._preload_end = now + self._preloaded * self._reshard.to_decode.weights
+            share = action.num_rounds / self.scheduler.limits.preload.num_rounds
+            self._preloaded += share
+            self._preload_end = max(now, self._preload_end) + share * self._reshard.to_decode.weights
         elif isinstance(action, SwitchPhase):
             self._switch(action, now)
         else:

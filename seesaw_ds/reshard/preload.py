@@ -63,8 +63,8 @@ class CellPreload:
         self._blocks = blocks[:, :chunk_numel]
         self._chunk_numel = chunk_numel
         self._to_start: deque[tuple[Round, Sequence[int]]] = deque()
-        self._num_steps = 0
         self._num_begun = 0
+        self._num_steps = 0
         self._arrivals: list[_Arrival] = []
         self.num_bytes = 0
 
@@ -74,14 +74,14 @@ class CellPreload:
         return PreloadSize(len(self._rounds), sum(self._num_chunks(spec.numel) for spec in self._arena.cell_tensors))
 
     def begin(self, num_rounds: int, block_ids: Sequence[int]) -> None:
-        """Have the first `num_rounds` rounds come into `block_ids`, step by step."""
+        """Have the next `num_rounds` rounds come into `block_ids`, step by step."""
         round_blocks = self.size.round_blocks
         starts = range(0, num_rounds * round_blocks, round_blocks)
+        rounds = self._rounds[self._num_begun : self._num_begun + num_rounds]
         self._to_start.extend(
-            (round_, block_ids[start : start + round_blocks])
-            for round_, start in zip(self._rounds[:num_rounds], starts, strict=True)
+            (round_, block_ids[start : start + round_blocks]) for round_, start in zip(rounds, starts, strict=True)
         )
-        self._num_steps, self._num_begun = 0, num_rounds
+        self._num_begun += num_rounds
 
     def advance(self) -> None:
         """Queue the next rounds, if any are left. Called once after each step."""
@@ -107,6 +107,7 @@ class CellPreload:
                 num_bytes += self._copy_to_slot(arrival.incoming.dst_slot, arrival.blocks)
         num_rounds = len(self._arrivals)
         self._arrivals.clear()
+        self._num_begun = self._num_steps = 0
         self.num_bytes += num_bytes
         return num_rounds, num_bytes
 

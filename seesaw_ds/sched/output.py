@@ -188,8 +188,8 @@ class SwitchPhase:
 
 @dataclass(frozen=True, slots=True)
 class Preload:
-    """Bring what the first `num_rounds` of the exchange into the decode layout move into `gpu_block_ids`, beside the
-    steps that follow.
+    """Bring what the next `num_rounds` of the exchange into the decode layout move into `gpu_block_ids`, beside what
+    steps follow.
     """
 
     num_rounds: int

@@ -95,9 +95,9 @@ class KvPools:
 
     def lend(self, num_blocks: int) -> tuple[int, ...]:
         """Give GPU blocks to something else for a while. All sequences, to their full length, must fit beside them."""
-        assert not self.lent_blocks
-        self.lent_blocks = self.gpu.allocate(num_blocks)
-        return self.lent_blocks
+        blocks = self.gpu.allocate(num_blocks)
+        self.lent_blocks += blocks
+        return blocks
 
     def take_back(self) -> None:
         """Return the blocks that were lent."""

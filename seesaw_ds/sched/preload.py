@@ -3,7 +3,7 @@
 At a change of layout the devices wait for the weights. Those that a rank lacks could come while it still computes, but
 for the memory: their slots hold what the old layout computes with. Near the end of a run's last prefill phase the KV
 pool often has room for them. So when few prompts are left, and all that is left will fit beside it to its full length,
-free blocks are lent to as much of the exchange as they hold, until the phase has changed.
+free blocks are lent to as much of the exchange as they hold, until the phase has changed; and more as more become free.
 """
 
 from __future__ import annotations
@@ -18,28 +18,26 @@ _MICRO_BATCHES_BEFORE = 32
 
 
 class Preloading:
-    """Decides once a phase, and lends the blocks."""
+    """Decides again whenever a prompt has been admitted, and lends the blocks."""
 
     def __init__(self, limits: SchedulerLimits, pools: KvPools, prefill: PrefillQueue) -> None:
         self._limits = limits
         self._pools = pools
         self._prefill = prefill
-        self._num_waiting_refused: int | None = None
+        self._num_waiting_last: int | None = None
 
     def next(self) -> Preload | None:
         """Lend blocks to the exchange, if now is the time."""
         size, prefill, pools = self._limits.preload, self._prefill, self._pools
-        if size is None or pools.lent_blocks or not prefill.is_input_closed:
+        if size is None or not prefill.is_input_closed or prefill.num_waiting == self._num_waiting_last:
             return None
-        num_waiting = prefill.num_waiting
         most_blocks = _MICRO_BATCHES_BEFORE * self._limits.max_num_batched_tokens // self._limits.block_size
-        if num_waiting in (0, self._num_waiting_refused) or prefill.waiting_blocks > most_blocks:
+        if prefill.waiting_blocks > most_blocks or not (prefill.num_waiting or prefill.has_chunks_left):
             return None
-        num_rounds = min(size.num_rounds, self._num_spare_blocks() // size.round_blocks)
-        if num_rounds <= 0:
-            self._num_waiting_refused = num_waiting
-            return None
-        return Preload(num_rounds, pools.lend(num_rounds * size.round_blocks))
+        self._num_waiting_last = prefill.num_waiting
+        num_rounds_left = size.num_rounds - len(pools.lent_blocks) // size.round_blocks
+        num_rounds = min(num_rounds_left, self._num_spare_blocks() // size.round_blocks)
+        return None if num_rounds <= 0 else Preload(num_rounds, pools.lend(num_rounds * size.round_blocks))
 
     @property
     def share(self) -> float:
@@ -50,7 +48,7 @@ class Preloading:
     def end_phase(self) -> None:
         """The phase has changed: take the blocks back."""
         self._pools.take_back()
-        self._num_waiting_refused = None
+        self._num_waiting_last = None
 
     def _num_spare_blocks(self) -> int:
         """What is left of the GPU pool when all that is left has its full length; none if nothing will decode."""
@@ -58,6 +56,6 @@ class Preloading:
         left = [*owners, *self._prefill.waiting()]
         if all(seq.spec.max_tokens == 1 for seq in left):
             return 0
-        peak = sum(seq.peak_blocks for seq in left)
+        taken = sum(seq.peak_blocks for seq in left) + len(self._pools.lent_blocks)
         # What those that ended still hold is not free yet.
-        return min(self._limits.num_gpu_blocks - peak, self._pools.gpu.num_free)
+        return min(self._limits.num_gpu_blocks - taken, self._pools.gpu.num_free)

@@ -61,9 +61,14 @@ def transit_ten_times(
     for transition in range(10):
         phase = phase.other
         if preload is not None and phase is Phase.DECODE:
-            num_rounds = min(transition // 2, preload.size.num_rounds)
-            preload.begin(num_rounds, range(1, 1 + num_rounds * preload.size.round_blocks))
-            for _ in range(8 * transition):  # all after 32
+            num_rounds, round_blocks = min(transition // 2, preload.size.num_rounds), preload.size.round_blocks
+            blocks = range(1, 1 + num_rounds * round_blocks)
+            num_first = num_rounds // 2
+            preload.begin(num_first, blocks[: num_first * round_blocks])
+            for _ in range(4 * transition):  # all after 32
+                preload.advance()
+            preload.begin(num_rounds - num_first, blocks[num_first * round_blocks :])
+            for _ in range(4 * transition):
                 preload.advance()
         assert reshard.run(phase) == len(plan.incoming(phase, rank)) * CELL_BYTES
         check(arena, plan, phase, rank)

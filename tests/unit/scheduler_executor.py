@@ -312,13 +312,14 @@ class ShadowExecutor:
         size = self.limits.preload
         assert size is not None and 1 <= action.num_rounds <= size.num_rounds
         assert len(action.gpu_block_ids) == action.num_rounds * size.round_blocks
-        assert self.scheduler.phase is Phase.PREFILL and self.is_input_closed and self.waiting and not self.lent
+        assert self.scheduler.phase is Phase.PREFILL and self.is_input_closed
+        assert len(self.lent) + len(action.gpu_block_ids) <= size.num_rounds * size.round_blocks
         assert not set(action.gpu_block_ids) & {block for pool, block in self.owner if pool == "gpu"}
         left = [seq_id for seq_id, shadow in self.live.items() if not shadow.ended] + list(self.waiting)
         peak = sum(map(self._peak, left))
-        assert peak + len(action.gpu_block_ids) <= self.limits.num_gpu_blocks, "some may have to wait for their blocks"
+        self.lent += action.gpu_block_ids
+        assert peak + len(self.lent) <= self.limits.num_gpu_blocks, "some may have to wait for their blocks"
         self._claim("gpu", action.gpu_block_ids, WEIGHTS)
-        self.lent = action.gpu_block_ids
 
     def _issue_SwitchPhase(self, action: SwitchPhase) -> None:
         assert not self.limits.has_one_phase

@@ -62,6 +62,24 @@ def test_as_many_rounds_come_as_room_is_left_beside_all_at_their_full_length(num
         assert (action.num_rounds, len(action.gpu_block_ids)) == (num_rounds, 5 * num_rounds)
 
 
+def test_more_comes_when_more_is_free() -> None:
+    scheduler = scheduler_with(22, max_num_batched_tokens=4)
+    scheduler.close_input()
+    first = scheduler.schedule()
+    assert isinstance(first, Preload)
+    assert first.num_rounds == 2
+    batch = scheduler.schedule()
+    assert isinstance(batch, PrefillBatch)
+    scheduler.abort(20)
+    scheduler.abort(21)
+    second = scheduler.schedule()
+    assert isinstance(second, Preload)
+    assert second.num_rounds == 2  # 80 blocks at their full length, and 20 lent
+    assert not set(first.gpu_block_ids) & set(second.gpu_block_ids)
+    assert not any(isinstance(action, Preload) for action in iter(scheduler.schedule, None))
+    scheduler.check_integrity()
+
+
 def test_there_is_room_when_others_have_ended() -> None:
     scheduler = scheduler_with(24, max_num_batched_tokens=4)
     scheduler.abort(23)
