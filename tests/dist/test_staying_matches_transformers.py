@@ -38,6 +38,17 @@ class FixedChoice:
         return []
 
 
+def answer_always(monkeypatch: pytest.MonkeyPatch, answer: Callable[[LiveBatch], int | None]) -> None:
+    """Have the ranks, which are forked, decide by `answer`."""
+
+    class FixedLayout(DecodeLayout):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            self.choice = FixedChoice(answer)
+
+    monkeypatch.setattr(scheduler_process, "DecodeLayout", FixedLayout)
+
+
 @pytest.fixture(scope="module")
 def four_layers(tmp_path_factory) -> Workload:
     return make_workload(tmp_path_factory.mktemp("four-layers"), NUM_REQUESTS)
@@ -46,12 +57,7 @@ def four_layers(tmp_path_factory) -> Workload:
 @pytest.mark.parametrize("answer", [never, late])
 @pytest.mark.parametrize("layouts", ["P2->T2", "T2->P2", "P4->T4", "T2P2->T4", "D2P2->D2T2"])
 def test_tokens_equal_transformers_when_sequences_stay(four_layers, monkeypatch, layouts, answer):
-    class FixedLayout(DecodeLayout):
-        def __init__(self, *args: object) -> None:
-            super().__init__(*args)
-            self.choice = FixedChoice(answer)
-
-    monkeypatch.setattr(scheduler_process, "DecodeLayout", FixedLayout)  # the ranks are forked
+    answer_always(monkeypatch, answer)
     outcome = run_engine(run_config(four_layers.folder, layouts, hardware="cpu"), four_layers.requests)
     found = [(outcome.results[i].token_ids, outcome.results[i].finish_reason) for i in range(NUM_REQUESTS)]
     assert found == four_layers.expected
@@ -61,3 +67,14 @@ def test_tokens_equal_transformers_when_sequences_stay(four_layers, monkeypatch,
         assert outcome.num_transitions >= 1
     for stats in outcome.stats:
         assert stats.num_host_blocks_used == stats.num_gpu_blocks_used == 0
+
+
+@pytest.mark.parametrize("answer", [never, late])
+@pytest.mark.parametrize("layouts", ["P2->T2", "P4->T2P2"])
+def test_weights_that_come_early_may_be_needed_later_or_never(four_layers, monkeypatch, layouts, answer):
+    answer_always(monkeypatch, answer)
+    run = run_config(four_layers.folder, layouts, hardware="cpu", max_num_seqs=48, num_gpu_kv_blocks=6000)
+    outcome = run_engine(run, four_layers.requests)
+    found = [(outcome.results[i].token_ids, outcome.results[i].finish_reason) for i in range(NUM_REQUESTS)]
+    assert found == four_layers.expected
+    assert (outcome.num_transitions, outcome.preloaded_bytes > 0) == ((0, False) if answer is never else (1, True))
