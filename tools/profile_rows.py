@@ -57,17 +57,17 @@ def make_batch(num_rows: int, context: int, num_blocks: int) -> AttentionBatch:
 def backends(num_rows: int, num_heads: int, group: int, num_blocks: int) -> dict[str, AttentionBackend]:
     """By name; ours only where it is made for the device."""
     from seesaw_ds.model.attention.flashinfer_backend import FlashInferDecode, workspace_bytes
-    from seesaw_ds.model.attention.row_attention import RowAttention, can_attend_rows, loads_row_kernel
+    from seesaw_ds.model.attention.row_attention import make_row_attention
 
     device, rule = torch.device("cuda", 0), AttentionRule(HEAD_DIM**-0.5)
     num_bytes = workspace_bytes(num_rows, group * num_heads, HEAD_DIM)
     workspace = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    sizes = (group * num_heads, num_heads, HEAD_DIM, BLOCK_SIZE, num_rows, num_blocks)
+    shape, room = (group * num_heads, num_heads, HEAD_DIM, BLOCK_SIZE), (num_rows, num_blocks)
     found: dict[str, AttentionBackend] = {
-        "FlashInfer": FlashInferDecode(rule, *sizes, workspace, torch.bfloat16, device)
+        "FlashInfer": FlashInferDecode(rule, *shape, *room, workspace, torch.bfloat16, device)
     }
-    if can_attend_rows(rule, group, HEAD_DIM, BLOCK_SIZE, device) and loads_row_kernel():
-        found["own"] = RowAttention(rule, num_heads, device, (num_rows, num_blocks))
+    if (own := make_row_attention(rule, *shape, device, room)) is not None:
+        found["own"] = own
     return found
 
 

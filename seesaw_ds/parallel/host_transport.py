@@ -33,6 +33,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from seesaw_ds.parallel.device import new_stream, on_stream, record_event, wait_event
+from seesaw_ds.parallel.driver import check, copy_call, find_call
 from seesaw_ds.parallel.shared_memory import NodeSharedMapping
 from seesaw_ds.parallel.transport import Handle, Message, Waitable
 
@@ -169,11 +170,9 @@ class StreamLane:
         assert stream is not None, f"{device} has no streams"
         self.device = device
         self._stream = stream
-        # Calls (stream, address, value, flags) and (target, source, bytes, stream).
-        stream_operation = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint)
-        self._wait_value = _driver_call("cuStreamWaitValue32_v2", *stream_operation)
-        self._write_value = _driver_call("cuStreamWriteValue32_v2", *stream_operation)
-        self._memcpy = _driver_call("cuMemcpyAsync", ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
+        self._wait_value = _stream_operation("cuStreamWaitValue32_v2")
+        self._write_value = _stream_operation("cuStreamWriteValue32_v2")
+        self._memcpy = copy_call()
 
     def follow(self) -> None:
         """See `Lane`."""
@@ -184,19 +183,19 @@ class StreamLane:
     def wait(self, flag: torch.Tensor, count: int) -> None:
         """See `Lane`."""
         stream = self._stream.cuda_stream
-        _check(self._wait_value(stream, flag.data_ptr(), count, _WAIT_UNTIL_AT_LEAST), _STREAM_OPERATION)
+        check(self._wait_value(stream, flag.data_ptr(), count, _WAIT_UNTIL_AT_LEAST), _STREAM_OPERATION)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """See `Lane`."""
         # Not through torch, which takes the host four times as long: pieces may be small and many.
         assert target.is_contiguous() and source.is_contiguous() and target.nbytes == source.nbytes
         stream = self._stream.cuda_stream
-        _check(self._memcpy(target.data_ptr(), source.data_ptr(), target.nbytes, stream), "a copy to or from the host")
+        check(self._memcpy(target.data_ptr(), source.data_ptr(), target.nbytes, stream), "a copy to or from the host")
 
     def raise_flag(self, flag: torch.Tensor, count: int) -> None:
         """See `Lane`."""
         stream = self._stream.cuda_stream
-        _check(self._write_value(stream, flag.data_ptr(), count, _WRITE_AFTER_FENCE), _STREAM_OPERATION)
+        check(self._write_value(stream, flag.data_ptr(), count, _WRITE_AFTER_FENCE), _STREAM_OPERATION)
 
     def end(self) -> Waitable:
         """See `Lane`."""
@@ -295,14 +294,9 @@ def ring_bytes(slot_bytes: int, num_slots: int = NUM_SLOTS) -> int:
     return num_slots * slot_bytes + 2 * LINE_BYTES
 
 
-def _driver_call(name: str, *argument_types: type) -> Callable[..., int]:
-    """A function of the driver that returns a CUresult."""
-    function = getattr(ctypes.CDLL("libcuda.so.1"), name)
-    function.argtypes = list(argument_types)
-    function.restype = ctypes.c_int
-    return function
-
-
-def _check(result: int, what: str) -> None:
-    if result != 0:
-        raise RuntimeError(f"CUresult={result}: CUDA refused {what}")
+def _stream_operation(name: str) -> Callable[..., int]:
+    """(stream, address, value, flags) -> CUresult."""
+    operation = find_call(name, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint)
+    if operation is None:
+        raise RuntimeError(f"{name}: CUDA has not got {_STREAM_OPERATION}")
+    return operation

@@ -15,7 +15,10 @@ import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from seesaw_ds.parallel.driver import check, copy_call, find_call
+
 _SOURCE_IN_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+_COPY = "a copy between the device and the host's KV pool"
 
 
 class _Location(ctypes.Structure):
@@ -53,12 +56,12 @@ def copy_runs(targets: np.ndarray, sources: np.ndarray, num_bytes: int) -> None:
     assert stream != 0, "a list of copies cannot be queued on the default stream"
     if (copy_batch := _batch_call()) is None:
         for target, source in zip(targets.tolist(), sources.tolist(), strict=True):
-            _check(_single_call()(target, source, num_bytes, stream))
+            check(copy_call()(target, source, num_bytes, stream), _COPY)
         return
     sizes = np.full(len(targets), num_bytes, dtype=np.uint64)
     attributes = _Attributes(source_access_order=_SOURCE_IN_STREAM_ORDER)
     first = ctypes.c_size_t(0)
-    _check(
+    check(
         copy_batch(
             targets.ctypes.data,
             sources.ctypes.data,
@@ -68,37 +71,14 @@ def copy_runs(targets: np.ndarray, sources: np.ndarray, num_bytes: int) -> None:
             ctypes.byref(first),
             1,
             stream,
-        )
+        ),
+        _COPY,
     )
-
-
-@functools.cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
 
 
 @functools.cache
 def _batch_call() -> Callable[..., int] | None:
     """(targets, sources, sizes, count, attributes, their first copies, number of attributes, stream) -> CUresult."""
     # CUDA 12.8 has the first version, which takes one more argument.
-    function = getattr(_driver(), "cuMemcpyBatchAsync_v2", None)
-    if function is None:
-        return None
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
-    function.argtypes = [pointer, pointer, pointer, size, pointer, pointer, size, pointer]
-    function.restype = ctypes.c_int
-    return function
-
-
-@functools.cache
-def _single_call() -> Callable[..., int]:
-    """(target, source, bytes, stream) -> CUresult."""
-    function = _driver().cuMemcpyAsync
-    function.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
-    function.restype = ctypes.c_int
-    return function
-
-
-def _check(result: int) -> None:
-    if result != 0:
-        raise RuntimeError(f"CUresult={result}: CUDA refused a copy between the device and the host's KV pool")
+    return find_call("cuMemcpyBatchAsync_v2", pointer, pointer, pointer, size, pointer, pointer, size, pointer)

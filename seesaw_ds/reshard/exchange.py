@@ -12,7 +12,7 @@ from seesaw_ds.layout import Phase
 from seesaw_ds.parallel.scratch import Cutter, padded
 from seesaw_ds.parallel.transport import Handle, Transport
 from seesaw_ds.reshard.arena import WeightArena
-from seesaw_ds.reshard.plan import CellTensor, ReshardPlan, Transfer
+from seesaw_ds.reshard.plan import CellTensor, ReshardPlan, Transfer, own_transfers
 from seesaw_ds.reshard.preload import CellPreload
 
 # On two H200 a swap in pieces of 16, 64, 256 MiB and whole cells of 1 GiB runs at 160, 234, 259 and 269 GB/s each way
@@ -117,8 +117,7 @@ class ExchangeReshard:
     def _jobs(self, to_phase: Phase, first_round: int) -> Iterator[_Job]:
         """This rank's parts, round by round. No cell is passed on, so what a job sends no earlier one brought."""
         for transfers in self._rounds[to_phase][first_round:]:
-            outgoing = next((transfer for transfer in transfers if transfer.src_rank == self._rank), None)
-            incoming = next((transfer for transfer in transfers if transfer.dst_rank == self._rank), None)
+            outgoing, incoming = own_transfers(transfers, self._rank)
             if outgoing is not None or incoming is not None:
                 yield from (_Job(piece, outgoing, incoming) for piece in self._pieces)
 

@@ -48,7 +48,15 @@ class Transfer(NamedTuple):
 
 
 Round = tuple[Transfer, ...]
+
 Placement = Mapping[CellId, int]
+
+
+def own_transfers(round_: Round, rank: int) -> tuple[Transfer | None, Transfer | None]:
+    """What `rank` sends in a round and what it receives, at most one each."""
+    outgoing = next((transfer for transfer in round_ if transfer.src_rank == rank), None)
+    incoming = next((transfer for transfer in round_ if transfer.dst_rank == rank), None)
+    return outgoing, incoming
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from seesaw_ds.layout import Phase
 from seesaw_ds.parallel.device import to_device
 from seesaw_ds.parallel.transport import Handle, Message, Transport
 from seesaw_ds.reshard.arena import WeightArena
-from seesaw_ds.reshard.plan import ReshardPlan, Round, Transfer
+from seesaw_ds.reshard.plan import ReshardPlan, Round, Transfer, own_transfers
 from seesaw_ds.sched.output import PreloadSize
 
 # Rounds are queued step by step, so that all are under way after so many steps: what queueing takes of the host is
@@ -115,8 +115,7 @@ class CellPreload:
         return -(-numel // self._chunk_numel)
 
     def _start(self, round_: Round, block_ids: Sequence[int]) -> None:
-        outgoing = next((transfer for transfer in round_ if transfer.src_rank == self._rank), None)
-        incoming = next((transfer for transfer in round_ if transfer.dst_rank == self._rank), None)
+        outgoing, incoming = own_transfers(round_, self._rank)
         sends: list[Message] = []
         receives: list[Message] = []
         block = iter(block_ids)

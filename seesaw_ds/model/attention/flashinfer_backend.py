@@ -11,7 +11,7 @@ import torch
 from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 
 from seesaw_ds.model.attention.interface import AttentionBackend, AttentionBatch, AttentionRule
-from seesaw_ds.model.attention.row_attention import RowAttention, can_attend_rows, loads_row_kernel
+from seesaw_ds.model.attention.row_attention import RowAttention, make_row_attention
 from seesaw_ds.parallel.device import to_device
 
 _CHUNK_BYTES = 256 << 20
@@ -38,9 +38,11 @@ class _PlanFence:
         self._is_recorded = True
 
 
-def _rule_arguments(rule: AttentionRule) -> dict[str, float | int | None]:
-    """A rule as arguments of FlashInfer's `plan`; its windows do not count the token itself."""
+def _settings(rule: AttentionRule, dtype: torch.dtype) -> dict[str, object]:
+    """A rule and the dtype as arguments of FlashInfer's `plan`; its windows do not count the token itself."""
     return {
+        "q_data_type": dtype,
+        "kv_data_type": dtype,
         "sm_scale": rule.scale,
         "logits_soft_cap": rule.soft_cap,
         "window_left": -1 if rule.window is None else rule.window - 1,
@@ -54,6 +56,28 @@ def _pages(kv_lens: np.ndarray, block_tables: np.ndarray, block_size: int) -> tu
     offsets = np.zeros(len(num_blocks) + 1, dtype=np.int32)
     np.cumsum(num_blocks, out=offsets[1:])
     return offsets, block_tables[used], (kv_lens - (num_blocks - 1) * block_size).astype(np.int32)
+
+
+def _plan_rows(
+    wrapper: BatchDecodeWithPagedKVCacheWrapper,
+    fence: _PlanFence,
+    batch: AttentionBatch,
+    heads: tuple[int, int, int],
+    block_size: int,
+    device: torch.device,
+    settings: dict[str, object],
+) -> None:
+    offsets, blocks, last_lens = _pages(batch.kv_lens, batch.block_tables, block_size)
+    fence.wait()
+    wrapper.plan(
+        torch.from_numpy(offsets),
+        to_device(blocks, device),
+        torch.from_numpy(last_lens),
+        *heads,
+        block_size,
+        **settings,
+    )
+    fence.record()
 
 
 def workspace_bytes(max_num_rows: int, num_heads: int, head_dim: int) -> int:
@@ -73,7 +97,7 @@ class _FlashInferRows:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._settings = {"q_data_type": dtype, "kv_data_type": dtype, **_rule_arguments(rule)}
+        self._settings = _settings(rule, dtype)
         self._heads = heads
         self._block_size = block_size
         self._device = device
@@ -81,17 +105,7 @@ class _FlashInferRows:
         self._fence = _PlanFence()
 
     def plan(self, batch: AttentionBatch) -> None:
-        offsets, blocks, last_lens = _pages(batch.kv_lens, batch.block_tables, self._block_size)
-        self._fence.wait()
-        self._wrapper.plan(
-            torch.from_numpy(offsets),
-            to_device(blocks, self._device),
-            torch.from_numpy(last_lens),
-            *self._heads,
-            self._block_size,
-            **self._settings,
-        )
-        self._fence.record()
+        _plan_rows(self._wrapper, self._fence, batch, self._heads, self._block_size, self._device, self._settings)
 
     def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor, out_NHD: torch.Tensor) -> torch.Tensor:
         return self._wrapper.run(q_NHD, kv_cache, out=out_NHD)
@@ -115,20 +129,17 @@ class FlashInferPrefill:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._rule = _rule_arguments(rule)
+        self._settings = _settings(rule, dtype)
         self._heads = (num_heads, num_kv_heads, head_dim)
         self._block_size = block_size
-        self._dtype = dtype
         self._device = device
         self._num_rows = 0
         self._has_chunks = False
         self._chunks = BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
         self._fence = _PlanFence()
-        self._rows: RowAttention | _FlashInferRows
-        if can_attend_rows(rule, num_heads // num_kv_heads, head_dim, block_size, device) and loads_row_kernel():
-            self._rows = RowAttention(rule, num_kv_heads, device)
-        else:
-            self._rows = _FlashInferRows(rule, self._heads, block_size, workspace, dtype, device)
+        self._rows: RowAttention | _FlashInferRows = make_row_attention(
+            rule, *self._heads, block_size, device
+        ) or _FlashInferRows(rule, self._heads, block_size, workspace, dtype, device)
 
     def plan(self, batch: AttentionBatch) -> None:
         num_rows = batch.num_decode_rows
@@ -151,9 +162,7 @@ class FlashInferPrefill:
                 *self._heads,
                 self._block_size,
                 causal=True,
-                q_data_type=self._dtype,
-                kv_data_type=self._dtype,
-                **self._rule,
+                **self._settings,
             )
             self._fence.record()
 
@@ -184,10 +193,9 @@ class FlashInferDecode:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._rule = _rule_arguments(rule)
+        self._settings = _settings(rule, dtype)
         self._heads = (num_heads, num_kv_heads, head_dim)
         self._block_size = block_size
-        self._dtype = dtype
         self._device = device
         self._workspace = workspace
         self._plan = torch.empty(_PLAN_BYTES, dtype=torch.uint8, device=device)  # of the step that runs, of any size
@@ -198,20 +206,8 @@ class FlashInferDecode:
         self._wrapper: BatchDecodeWithPagedKVCacheWrapper | None = None
 
     def plan(self, batch: AttentionBatch) -> None:
-        offsets, blocks, last_lens = _pages(batch.kv_lens, batch.block_tables, self._block_size)
         self._wrapper, fence = self._of_size(len(batch.kv_lens))
-        fence.wait()
-        self._wrapper.plan(
-            torch.from_numpy(offsets),
-            to_device(blocks, self._device),
-            torch.from_numpy(last_lens),
-            *self._heads,
-            self._block_size,
-            q_data_type=self._dtype,
-            kv_data_type=self._dtype,
-            **self._rule,
-        )
-        fence.record()
+        _plan_rows(self._wrapper, fence, batch, self._heads, self._block_size, self._device, self._settings)
 
     def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
         assert self._wrapper is not None, "plan() comes before forward()"
@@ -247,7 +243,6 @@ def make_decode(
     device: torch.device,
 ) -> AttentionBackend:
     """For decode steps: `RowAttention` where it can, else `FlashInferDecode`, whose arguments these are."""
-    if can_attend_rows(rule, num_heads // num_kv_heads, head_dim, block_size, device) and loads_row_kernel():
-        return RowAttention(rule, num_kv_heads, device, (max_num_seqs, max_num_blocks))
-    sizes = (num_heads, num_kv_heads, head_dim, block_size, max_num_seqs, max_num_blocks)
-    return FlashInferDecode(rule, *sizes, workspace, dtype, device)
+    shape, room = (num_heads, num_kv_heads, head_dim, block_size), (max_num_seqs, max_num_blocks)
+    rows = make_row_attention(rule, *shape, device, room)
+    return rows or FlashInferDecode(rule, *shape, *room, workspace, dtype, device)

@@ -75,6 +75,21 @@ def _module():
     return row_kernel().build_and_load()
 
 
+def make_row_attention(
+    rule: AttentionRule,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    device: torch.device,
+    room: tuple[int, int] | None = None,
+) -> RowAttention | None:
+    """A `RowAttention` where there can be one, else None."""
+    if can_attend_rows(rule, num_heads // num_kv_heads, head_dim, block_size, device) and loads_row_kernel():
+        return RowAttention(rule, num_kv_heads, device, room)
+    return None
+
+
 class RowAttention:
     """One token a sequence.
 
