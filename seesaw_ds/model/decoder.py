@@ -38,8 +38,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self._num_cells = num_cells
         self._ops = ops
-        self.gate_up = ColumnLinear(shape.hidden_size, 2 * shape.intermediate_size, groups.tp, dtype)
-        self.down = RowLinear(shape.intermediate_size, shape.hidden_size, groups.tp, all_reduce, dtype)
+        self.gate_up = ColumnLinear(shape.hidden_size, 2 * shape.intermediate_size, groups.tp, ops.linear, dtype)
+        self.down = RowLinear(shape.intermediate_size, shape.hidden_size, groups.tp, ops.linear, all_reduce, dtype)
 
     def bind(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         """Take arena views, both (rows, M)."""
@@ -75,11 +75,13 @@ class DecoderLayer(nn.Module):
         self._ops = ops
         self._qkv_shape = (shape.num_kv_heads // groups.layout.tp, shape.queries_per_kv_head + 2, shape.head_dim)
         qkv_size = shape.num_kv_heads * (shape.queries_per_kv_head + 2) * shape.head_dim
-        self.qkv = ColumnLinear(shape.hidden_size, qkv_size, groups.tp, dtype)
+        self.qkv = ColumnLinear(shape.hidden_size, qkv_size, groups.tp, ops.linear, dtype)
         if shape.family.has_qkv_bias:
             bias = replicated[f"qkv_bias.{layer}"].chunk(groups.layout.tp)[groups.coords.tp]
             self.qkv.bias = nn.Parameter(bias, requires_grad=False)
-        self.o = RowLinear(shape.num_heads * shape.head_dim, shape.hidden_size, groups.tp, all_reduce, dtype)
+        self.o = RowLinear(
+            shape.num_heads * shape.head_dim, shape.hidden_size, groups.tp, ops.linear, all_reduce, dtype
+        )
         self.ffn: FeedForward | Experts
         if shape.num_experts:
             self.ffn = Experts(shape, replicated[f"router.{layer}"], num_cells, ops, all_reduce)
@@ -189,7 +191,7 @@ class DecoderStage(nn.Module):
         self.head: ColumnLinear | None = None
         if groups.is_last_stage:
             self.norm = RMSNorm(replicated["final"], shape.rms_norm_eps, ops)
-            self.head = ColumnLinear(shape.hidden_size, vocab_size, groups.tp, dtype)
+            self.head = ColumnLinear(shape.hidden_size, vocab_size, groups.tp, ops.linear, dtype)
         self._logit_scale = shape.logit_scale
         self._logit_soft_cap = shape.logit_soft_cap
 
@@ -221,6 +223,10 @@ class DecoderStage(nn.Module):
             rows = rows_R if layer is self.layers[-1] else None
             x_NM, residual_NM = layer(x_NM, residual_NM, places[kind], attention[kind], kv_cache, rows)
         return x_NM if residual_NM is None else x_NM + residual_NM
+
+    def linear_weights(self) -> list[torch.Tensor]:
+        """Those of the layers' dense products and of the LM head, all (out, in)."""
+        return [module.weight for module in self.modules() if isinstance(module, ColumnLinear | RowLinear)]
 
     def logits(self, hidden_RM: torch.Tensor) -> torch.Tensor:
         """Logits (R, V) of the given rows, the same on every rank of the stage; last stage only."""

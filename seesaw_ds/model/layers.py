@@ -5,14 +5,18 @@ The layers are built without memory (on the meta device), then `bind` gives them
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from seesaw_ds.parallel.all_reduce import AllReduce
+
+# (x, weight, bias or None) to x @ weight.T + bias
+Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 def _config(group: ProcessGroup, dtype: torch.dtype) -> ModelParallelConfig:
@@ -33,7 +37,9 @@ def _no_init(tensor: torch.Tensor) -> torch.Tensor:
 class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
     """``y_local = x @ W_local.T + bias``, if any: the output dim is split over the group and stays split."""
 
-    def __init__(self, input_size: int, output_size: int, group: ProcessGroup, dtype: torch.dtype) -> None:
+    def __init__(
+        self, input_size: int, output_size: int, group: ProcessGroup, linear: Linear, dtype: torch.dtype
+    ) -> None:
         with torch.device("meta"):
             super().__init__(
                 input_size,
@@ -44,17 +50,24 @@ class ColumnLinear(ColumnParallelLinear):  # type: ignore[misc]
                 gather_output=False,
                 tp_group=group,
             )
+        self._linear = linear
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
         # Megatron's own, which prepares for training, takes some 8 us more of the host's time.
-        return F.linear(input_, self.weight, self.bias), None
+        return self._linear(input_, self.weight, self.bias), None
 
 
 class RowLinear(RowParallelLinear):  # type: ignore[misc]
     """``y = sum over ranks of x_local @ W_local.T``: the input dim is split, the output is all-reduced."""
 
     def __init__(
-        self, input_size: int, output_size: int, group: ProcessGroup, all_reduce: AllReduce, dtype: torch.dtype
+        self,
+        input_size: int,
+        output_size: int,
+        group: ProcessGroup,
+        linear: Linear,
+        all_reduce: AllReduce,
+        dtype: torch.dtype,
     ) -> None:
         with torch.device("meta"):
             super().__init__(
@@ -67,10 +80,11 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
                 skip_bias_add=False,
                 tp_group=group,
             )
+        self._linear = linear
         self._all_reduce = all_reduce
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return self._all_reduce(F.linear(input_, self.weight)), None
+        return self._all_reduce(self._linear(input_, self.weight, None)), None
 
 
 class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The layer operations as fused CUDA kernels: FlashInfer's where it has them, one of our own in Triton.
+"""The layer operations as CUDA kernels: FlashInfer's where it has them, cuBLASLt's, and our own in Triton.
 
 FlashInfer's rotary kernels want heads at one stride and write the cache in a second pass. Our QKV product is grouped by
 KV head, so that any re-sharding cell is contiguous; the Triton kernel reads that form and rotates, and stores
@@ -6,6 +6,8 @@ keys and values, in one pass over memory.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 import triton
@@ -15,6 +17,7 @@ from flashinfer.norm import fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rm
 
 from seesaw_ds.model.families.family import Activation
 from seesaw_ds.model.ops.interface import TokenPlaces
+from seesaw_ds.model.ops.products import TunedProducts, TuningTimes
 
 
 class CudaOps:
@@ -25,6 +28,13 @@ class CudaOps:
         self._rms_norm = gemma_rmsnorm if norm_adds_one else rmsnorm
         self._add_rms_norm = gemma_fused_add_rmsnorm if norm_adds_one else fused_add_rmsnorm
         self._weight_offset = 1.0 if norm_adds_one else 0.0
+        self._products = TunedProducts()
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return self._products(x, weight, bias)
+
+    def tune_linear(self, num_rows: Iterable[int], weights: Iterable[torch.Tensor]) -> TuningTimes:
+        return self._products.tune(num_rows, weights)
 
     def rms_norm(self, x_NM: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._rms_norm(x_NM, weight, eps)

@@ -1,4 +1,4 @@
-"""The element-wise operations of a decoder layer, behind one interface: plain torch, or fused CUDA kernels.
+"""The operations of a decoder layer but attention, behind one interface: plain torch, or CUDA kernels.
 
 Shape letters: N tokens, M hidden size, K local KV heads, G query heads per KV head, D head dim, S block size,
 C cells that this rank owns of a layer, F local FFN size.
@@ -6,10 +6,13 @@ C cells that this rank owns of a layer, F local FFN size.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from seesaw_ds.model.ops.products import TuningTimes
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,13 @@ class TokenPlaces:
 
 
 class LayerOps(Protocol):
-    """Operations between the matrix products of a layer, made for one model's norms and activation."""
+    """Operations of a layer, made for one model's norms and activation."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``x @ weight.T + bias``, if any: (N, in) and (out, in) to (N, out)."""
+
+    def tune_linear(self, num_rows: Iterable[int], weights: Iterable[torch.Tensor]) -> TuningTimes:
+        """Find the fastest way for each of these numbers of rows and weights, all (out, in)."""
 
     def rms_norm(self, x_NM: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """``x / rms(x) * weight``; in families whose norms add one, ``* (1 + weight)``, here and below."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 
 from seesaw_ds.model.families.family import Activation
 from seesaw_ds.model.ops.interface import TokenPlaces
+from seesaw_ds.model.ops.products import TuningTimes
 from seesaw_ds.model.rope import RotaryTables
 
 
@@ -16,6 +19,12 @@ class TorchOps:
     def __init__(self, activation: Activation = "silu", norm_adds_one: bool = False) -> None:
         self._activation = activation
         self._norm_adds_one = norm_adds_one
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(x, weight, bias)
+
+    def tune_linear(self, num_rows: Iterable[int], weights: Iterable[torch.Tensor]) -> TuningTimes:
+        return TuningTimes(0.0, 0.0)
 
     def rms_norm(self, x_NM: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x_NM.float()
