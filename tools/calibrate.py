@@ -148,9 +148,8 @@ def profile_values(figures: Figures, name: str, measured: str) -> Figures:
         "send_bandwidth": figures["memory_bandwidth"],
         **figures,
     }
-    for kind in ("pads_decode", "preloads"):
-        if not whole.get(kind):
-            whole.pop(kind, None)
+    if not whole.get("pads_decode"):
+        whole.pop("pads_decode", None)
     fields = [field.name for field in dataclasses.fields(HardwareProfile)]
     values = {field: _rounded(whole[field]) for field in fields if field in whole}
     sources = dict.fromkeys(values, measured)

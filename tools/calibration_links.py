@@ -94,5 +94,4 @@ def exchange_figures(sizes: Sizes, device: torch.device) -> dict[str, float]:
     def run() -> None:
         transport.exchange(sends, receives).wait()
 
-    bandwidth = num_bytes / typical_seconds(run, device)
-    return {"exchange_bandwidth": bandwidth, "preloads": float(transport.runs_beside_steps)}
+    return {"exchange_bandwidth": num_bytes / typical_seconds(run, device)}

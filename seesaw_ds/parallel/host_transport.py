@@ -1,4 +1,5 @@
-"""Transfers through host memory by the copy engines, for devices that cannot reach each other's memory.
+"""Transfers through host memory by the copy engines: for what travels beside steps, and devices that cannot reach each
+other's memory.
 
 Each ordered pair of ranks has a ring of slots in memory that the node shares. The sender copies pieces into slots and
 the receiver copies them out, each on a lane of its own: an ordered queue, on CUDA a stream. Both directions of
@@ -54,7 +55,7 @@ _T = TypeVar("_T")
 _WAIT_UNTIL_AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ
 _WRITE_AFTER_FENCE = 0  # CU_STREAM_WRITE_VALUE_DEFAULT: what the stream did before is visible to all first
 _STREAM_OPERATION = (
-    "a stream memory operation, by which ranks without peer access signal to each other; 801 means that this driver "
+    "a stream memory operation, by which ranks signal to each other through host memory; 801 means that this driver "
     "has none: a driver for CUDA 12 or later is needed"
 )
 

@@ -2,6 +2,7 @@
 
 NCCL is right where devices reach each other's memory. Where they do not, or NCCL_P2P_DISABLE=1 says not to, its own way
 through host memory has two H200 swap weights at 23 GB/s each way; `host_transport` leaves it to the copy engines.
+So it does everywhere with what travels while steps run: NCCL's kernels would take multiprocessors from theirs.
 """
 
 from __future__ import annotations
@@ -76,8 +77,26 @@ def choose_transport(group: ProcessGroup, device: torch.device) -> Transport:
     """The fastest transport that this group's devices allow. Collective: every rank of `group` calls it, once."""
     if not is_cuda(device) or group.size() == 1 or reach(group, device) is not Reach.HOST:
         return BackendTransport(group, device)
+    return _host_staged("transport", group, device)
+
+
+def choose_early_transport(chosen: Transport, group: ProcessGroup, device: torch.device) -> Transport | None:
+    """A transport that runs beside steps: `chosen`, which `choose_transport` gave, if it does, else a second one.
+
+    None where there can be none: for a rank alone, ranks of several nodes, or ranks that share a device. Collective:
+    every rank of `group` calls it, once.
+    """
+    if chosen.runs_beside_steps:
+        return chosen
+    if group.size() == 1 or reach(group, device) is Reach.OTHER:
+        return None
+    return _host_staged("early-transport", group, device)
+
+
+def _host_staged(name: str, group: ProcessGroup, device: torch.device) -> Transport:
+    """Collective. `name` is of its shared memory, and of no other transport's."""
     from seesaw_ds.parallel.host_transport import HostStagedTransport, required_bytes, stream_lanes
 
     ranks = dist.get_process_group_ranks(group)
-    mapping = share_mapping("transport", required_bytes(len(ranks)), group, device)
+    mapping = share_mapping(name, required_bytes(len(ranks)), group, device)
     return HostStagedTransport(ranks, dist.get_rank(), mapping, *stream_lanes(device))

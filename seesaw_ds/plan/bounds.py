@@ -2,7 +2,7 @@
 
 Prefill is full micro-batches through the slowest stage, without filling or draining the pipeline. Decode runs at the
 largest batch that the GPU pool, the slots and the input allow from its first step to its last. Transitions are as few
-as the two pools allow. Copies are free.
+as the two pools allow, and all weights that are exchanged for the last one come early. Copies are free.
 
 With mixed steps as many decode rows as are on the GPU ride in every micro-batch. They cost what they add to it: in
 compute-bound micro-batches their share of the matrices and the reading of their KV, but no reading of weights. The rest
@@ -92,10 +92,11 @@ def bound_seconds(
     row_seconds = _row_seconds(decode, work, batch)
     floor_steps = totals.longest_output - 1 if counts_longest else 0
     alone = _alone_seconds(decode, totals) * floor_steps
+    last = reshard.to(Phase.DECODE, preloaded=float(weight_reshard == "exchange"))
     if not limits.mixes_steps:
         blocks = work.input_tokens // limits.block_size
         num_cycles = max(1, int(blocks // (limits.num_host_blocks + limits.num_gpu_blocks)))
-        transition = reshard.to(Phase.DECODE) * num_cycles + reshard.to(Phase.PREFILL) * (num_cycles - 1)
+        transition = last + (num_cycles - 1) * (reshard.to(Phase.DECODE) + reshard.to(Phase.PREFILL))
         seconds = _prefill_seconds(prefill, limits, work, 0)
         return SecondsByPart(seconds, max(work.num_rows * row_seconds, alone), transition)
     alone = min(alone, _alone_seconds(prefill, totals) * floor_steps)
@@ -105,7 +106,7 @@ def bound_seconds(
     for riding in (0.0, most / 2, most):
         seconds = _prefill_seconds(prefill, limits, work, riding)
         # With a change of layout, sooner or later; and without one.
-        for once, transition in ((min(row_seconds, stay_seconds), reshard.to(Phase.DECODE)), (stay_seconds, 0.0)):
+        for once, transition in ((min(row_seconds, stay_seconds), last), (stay_seconds, 0.0)):
             rest = (work.num_rows - riding) * once
             options.append(SecondsByPart(seconds, max(rest, alone - seconds), transition))
     return min(options, key=lambda option: option.total)

@@ -57,7 +57,6 @@ class HardwareProfile:
     element_bandwidth          bytes/s of norms, activations and residual additions; else that of weights
     row_seconds                host work per sampled row, beside that per step; else nothing
     exchange_bandwidth         bytes/s each way of weights and KV that change places; else that of a send
-    preloads                   1 when weights that change places may come early, beside the steps
     runtime_bytes              of a device's memory: what CUDA, NCCL and the engine's own buffers take; else nothing
     """
 
@@ -84,7 +83,6 @@ class HardwareProfile:
     element_bandwidth: float | None = None
     row_seconds: float = 0.0
     exchange_bandwidth: float | None = None
-    preloads: float | None = None
     runtime_bytes: int = 0
 
     def all_reduce_seconds(self, num_bytes: float, degree: int) -> float:

@@ -149,7 +149,7 @@ class _Replica:
             assert self.scheduler.limits.preload is not None
             share = action.num_rounds / self.scheduler.limits.preload.num_rounds
             self._preloaded += share
-            self._preload_end = max(now, self._preload_end) + share * self._reshard.to_decode.weights
+            self._preload_end = max(now, self._preload_end) + share * self._reshard.to_decode.early
         elif isinstance(action, SwitchPhase):
             self._switch(action, now)
         else:
@@ -225,9 +225,10 @@ class _Replica:
         copies = [max(lanes.in_free, lanes.out_free) for lanes in self._lanes]
         start = max(now, *self._stage_free, *copies)
         self._count_seconds(self._phase, start)
-        end = max(start, self._preload_end)
-        end += self._reshard.to(action.to, self._bundle * len(action.gpu_block_ids), self._preloaded)
-        self._preloaded = 0.0
+        if self._preload_end > start:  # what has not come is left to the exchange
+            self._preloaded -= (self._preload_end - start) / self._reshard.to_decode.early
+        end = start + self._reshard.to(action.to, self._bundle * len(action.gpu_block_ids), self._preloaded)
+        self._preloaded = self._preload_end = 0.0
         self.transition_seconds += end - start
         self._part_end = end
         self._phase = action.to
@@ -299,9 +300,7 @@ class Simulator:
         reshard = reshard_seconds(
             self.shape, self.pair, self.hardware, self.dtype, self.weight_reshard, self.limits.block_size
         )
-        size = preload_size(
-            self.shape, self.pair, self.hardware, self.dtype, self.weight_reshard, self.limits.block_size
-        )
+        size = preload_size(self.shape, self.pair, self.dtype, self.weight_reshard, self.limits.block_size)
         limits = replace(self.limits, preload=size)
         self._replicas = [
             _Replica(limits, costs, reshard, self.hardware, self.unit, self.bundle, self.stays)

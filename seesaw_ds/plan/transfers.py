@@ -16,12 +16,14 @@ from seesaw_ds.shapes import DTYPE_BYTES, ModelShape
 class TransitionSeconds(NamedTuple):
     """Seconds of a transition one way: the weights', and each KV block's that stays on the devices.
 
-    `landing`: from KV blocks to their slots, for weights that have all come early.
+    For weights that have all come early, `early` is how long they were on their way, beside steps, and `landing` takes
+    them from KV blocks to their slots.
     """
 
     weights: float
     kv_block: float
     landing: float
+    early: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +52,24 @@ def reshard_seconds(
     """
     ways = {}
     for to in Phase:
-        way = TransitionSeconds(0.0, 0.0, 0.0)
+        way = TransitionSeconds(0.0, 0.0, 0.0, 0.0)
         if not pair.is_static:
             source, target = pair[to.other], pair[to]
             way = TransitionSeconds(
                 _weights_seconds(shape, pair.cells_per_layer, source, target, hardware, dtype, weight_reshard),
                 _kv_block_seconds(shape, source, target, hardware, dtype, block_size),
                 _landing_seconds(shape, pair.cells_per_layer, source, target, hardware, dtype),
+                _early_seconds(shape, pair.cells_per_layer, source, target, hardware, dtype),
             )
         ways[to] = way
     return ReshardSeconds(ways[Phase.PREFILL], ways[Phase.DECODE])
 
 
 def preload_size(
-    shape: ModelShape, pair: LayoutPair, hardware: HardwareProfile, dtype: str, weight_reshard: str, block_size: int
+    shape: ModelShape, pair: LayoutPair, dtype: str, weight_reshard: str, block_size: int
 ) -> PreloadSize | None:
-    """What of the exchange into the decode layout can come early, if the machine does that; a round for each cell."""
-    if not hardware.preloads or pair.is_static or weight_reshard != "exchange":
+    """What of the exchange into the decode layout can come early, if there is one; a round for each cell."""
+    if pair.is_static or weight_reshard != "exchange":
         return None
     cells = pair.cells_per_layer
     num_rounds = max(received for _, received in _parts(pair.prefill, pair.decode, shape.num_layers, cells))
@@ -113,20 +116,34 @@ def _weights_seconds(
     dtype: str,
     weight_reshard: str,
 ) -> float:
-    cell_bytes = _cell_bytes(shape, cells, dtype)
-    parts = _parts(source, target, shape.num_layers, cells)
     if weight_reshard == "host":
-        return max(num_new for num_new, _ in parts) * cell_bytes / hardware.host_to_device
-    num_received = max(received for _, received in parts)
-    return num_received * cell_bytes / _exchange_bandwidth(hardware) + hardware.send_seconds * shape.num_layers
+        num_new = max(new for new, _ in _parts(source, target, shape.num_layers, cells))
+        return num_new * _cell_bytes(shape, cells, dtype) / hardware.host_to_device
+    num_bytes = _received_bytes(shape, cells, source, target, dtype)
+    return num_bytes / _exchange_bandwidth(hardware) + hardware.send_seconds * shape.num_layers
+
+
+def _early_seconds(
+    shape: ModelShape, cells: int, source: ParallelLayout, target: ParallelLayout, hardware: HardwareProfile, dtype: str
+) -> float:
+    # Beside steps weights go through host memory, where a faster exchange between the devices is of no use. A slower
+    # one is of no other way: it goes through host memory too, or is gloo's.
+    bandwidth = min(_exchange_bandwidth(hardware), hardware.duplex)
+    num_bytes = _received_bytes(shape, cells, source, target, dtype)
+    return num_bytes / bandwidth + hardware.send_seconds * shape.num_layers
 
 
 def _landing_seconds(
     shape: ModelShape, cells: int, source: ParallelLayout, target: ParallelLayout, hardware: HardwareProfile, dtype: str
 ) -> float:
-    num_received = max(received for _, received in _parts(source, target, shape.num_layers, cells))
-    num_bytes = num_received * _cell_bytes(shape, cells, dtype)
+    num_bytes = _received_bytes(shape, cells, source, target, dtype)
     return 2 * num_bytes / (hardware.memory_bandwidth * hardware.memory_efficiency)
+
+
+def _received_bytes(shape: ModelShape, cells: int, source: ParallelLayout, target: ParallelLayout, dtype: str) -> float:
+    """Weights that the rank which lacks most does not hold yet."""
+    num_received = max(received for _, received in _parts(source, target, shape.num_layers, cells))
+    return num_received * _cell_bytes(shape, cells, dtype)
 
 
 def _kv_block_seconds(

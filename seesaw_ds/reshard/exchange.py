@@ -97,6 +97,7 @@ class ExchangeReshard:
         assert to_phase is not self._phase, f"the weights are in phase {to_phase.value} already"
         num_rounds, received_bytes = 0, 0
         if self.preload is not None and to_phase is Phase.DECODE:
+            # Before anything starts on this transport: the preload's may be another (see there).
             num_rounds, received_bytes = self.preload.land()
         under_way: deque[_Step] = deque()
         for index, job in enumerate(self._jobs(to_phase, num_rounds)):

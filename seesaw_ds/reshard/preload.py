@@ -7,6 +7,10 @@ for hold what the old layout computes with. At the change they are copied to the
     at the change       slots    0a 2a 1a 3a  <- copied ------------------------'
 
 A block takes a chunk of a cell tensor, of the same size on all ranks, so that each message has one place to land.
+
+The rest of the exchange may go by another transport. All ranks queue their work on both in one order: first what comes
+early, then the wait of the current stream for its end, then the rest. So no early transfer waits for one of the rest,
+not even where the device puts both on one hardware queue, and the rest overwrites no cell that is still being sent.
 """
 
 from __future__ import annotations
@@ -24,8 +28,9 @@ from seesaw_ds.reshard.arena import WeightArena
 from seesaw_ds.reshard.plan import ReshardPlan, Round, Transfer, own_transfers
 from seesaw_ds.sched.output import PreloadSize
 
-# Rounds are queued step by step, so that all are under way after so many steps: what queueing takes of the host is
-# hidden behind them.
+# The whole exchange is started over so many steps, round by round. That is about as fast as its rounds arrive (see
+# `sched/preload.py`), so that a change finds few that are under way: it waits for these, while the exchange may have a
+# faster transport for the rest. And what queueing takes of the host is hidden behind the steps.
 _NUM_STEPS = 32
 
 
@@ -64,7 +69,7 @@ class CellPreload:
         self._chunk_numel = chunk_numel
         self._to_start: deque[tuple[Round, Sequence[int]]] = deque()
         self._num_begun = 0
-        self._num_steps = 0
+        self._num_steps = 0  # those that had rounds to start
         self._arrivals: list[_Arrival] = []
         self.num_bytes = 0
 
@@ -88,17 +93,16 @@ class CellPreload:
         if not self._to_start:
             return
         self._num_steps += 1
-        num_later = self._num_begun * max(0, _NUM_STEPS - self._num_steps) // _NUM_STEPS
-        while len(self._to_start) > num_later:
+        num_due = -(-len(self._rounds) * self._num_steps // _NUM_STEPS)
+        while self._to_start and len(self._arrivals) < num_due:
             self._start(*self._to_start.popleft())
 
     def land(self) -> tuple[int, int]:
         """Put what has been brought into its slots; returns how many rounds that were, and the bytes received.
 
-        On CUDA the work is queued on the current stream.
+        Rounds that no step has started are not brought. On CUDA the work is queued on the current stream.
         """
-        while self._to_start:
-            self._start(*self._to_start.popleft())
+        self._to_start.clear()
         num_bytes = 0
         for arrival in self._arrivals:
             arrival.handle.wait()

@@ -26,9 +26,10 @@ from seesaw_ds.parallel.all_reduce import AllReduce, BackendAllReduce, choose_al
 from seesaw_ds.parallel.groups import ParallelState
 from seesaw_ds.parallel.links import PipelineLink, choose_link
 from seesaw_ds.parallel.shared_memory import begin_mapping
-from seesaw_ds.parallel.transport import BackendTransport, Transport, choose_transport
+from seesaw_ds.parallel.transport import BackendTransport, Transport, choose_early_transport, choose_transport
 from seesaw_ds.plan.memory import most_step_tokens, size_pools
 from seesaw_ds.reshard.exchange import EXCHANGE_SCRATCH_BYTES
+from seesaw_ds.reshard.plan import plan_reshard
 from seesaw_ds.reshard.preload import CellPreload
 from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.shapes import model_shape, read_hf_config
@@ -99,6 +100,7 @@ class _EngineBuilder:
             self._compile_kernels()
         self._all_reduces = self._choose_all_reduces()
         self._transport = self._choose_transport()
+        self._early_transport = self._choose_early_transport()
         self._scratch = torch.empty(self._scratch_bytes(), dtype=torch.uint8, device=self._device)
         self._max_blocks_per_seq = blocks_for(self._longest, run.kv_block_size)
         self._attentions = {phase: self._decode_attention(phase) for phase in self._decode_layouts()}
@@ -154,6 +156,14 @@ class _EngineBuilder:
         if self._layouts.is_static:  # nothing will travel
             return BackendTransport(group, self._device)
         return choose_transport(group, self._device)
+
+    def _choose_early_transport(self) -> Transport | None:
+        """For weights that come early; None where none can. Its locked memory is there before memory is measured."""
+        if self._layouts.is_static or self._run.weight_reshard != "exchange":
+            return None
+        if not plan_reshard(self._layouts, self._shape.num_layers).rounds(Phase.DECODE):
+            return None
+        return choose_early_transport(self._transport, self._state.replica, self._device)
 
     def _scratch_bytes(self) -> int:
         """Of what attention and the changes of layout use in turn."""
@@ -300,15 +310,14 @@ class _EngineBuilder:
         )
 
     def _make_preload(self, memory: torch.Tensor) -> CellPreload | None:
-        exchange, plan = self._weights.exchange, self._weights.layers.plan
-        if exchange is None or not self._transport.runs_beside_steps or not plan.rounds(Phase.DECODE):
+        if self._early_transport is None:
             return None
+        exchange, (plan, arena) = self._weights.exchange, self._weights.layers
+        assert exchange is not None
         ranks = self._state.replica_ranks
         # Layouts with stages of unequal depth have blocks of unequal size.
         chunk_numel = min(map(self._block_numel, range(len(ranks))))
-        preload = CellPreload(
-            plan, self._weights.layers.arena, self._transport, self._replica_rank, ranks, memory, chunk_numel
-        )
+        preload = CellPreload(plan, arena, self._early_transport, self._replica_rank, ranks, memory, chunk_numel)
         exchange.preload = preload
         return preload
 

@@ -42,7 +42,6 @@ def test_two_ranks_measure_a_whole_profile(monkeypatch) -> None:
         assert profile.pads_decode == 1.0
         assert set(profile.all_reduce) == {2}
         assert profile.exchange_bandwidth is not None and profile.exchange_bandwidth < 1e12
-        assert profile.preloads == 1.0
         assert profile.duplex <= min(profile.host_to_device, profile.device_to_host)
         cost = CostModel(SIZES.shape, profile, ParallelLayout(tp=2), "float32")
         layer = cost.layer_seconds(StepWork(num_tokens=4, decode_context=256, num_rows=4))

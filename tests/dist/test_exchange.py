@@ -9,7 +9,7 @@ import torch.distributed as dist
 from harness import RankFailure, run_ranks
 from seesaw_ds.layout import LayoutPair, Phase
 from seesaw_ds.parallel.shared_memory import NodeSharedMapping
-from seesaw_ds.parallel.transport import BackendTransport
+from seesaw_ds.parallel.transport import BackendTransport, Transport
 from seesaw_ds.reshard import exchange
 from seesaw_ds.reshard.arena import WeightArena
 from seesaw_ds.reshard.exchange import ExchangeReshard
@@ -55,7 +55,7 @@ def make_arena(plan: ReshardPlan, rank: int) -> WeightArena:
 def transit_ten_times(
     reshard, arena: WeightArena, plan: ReshardPlan, rank: int, preload: CellPreload | None = None
 ) -> None:
-    """If there is a preload, ever more of the exchange to decode comes early."""
+    """If there is a preload, ever more of the exchange to decode comes early, but at the end steps are too few for it."""
     addresses = [arena.cell(spec.name, 0).data_ptr() for spec in CELL_TENSORS]
     phase = Phase.PREFILL
     for transition in range(10):
@@ -65,10 +65,11 @@ def transit_ten_times(
             blocks = range(1, 1 + num_rounds * round_blocks)
             num_first = num_rounds // 2
             preload.begin(num_first, blocks[: num_first * round_blocks])
-            for _ in range(4 * transition):  # all after 32
+            num_steps = 40 if transition < 8 else 5
+            for _ in range(num_steps):
                 preload.advance()
             preload.begin(num_rounds - num_first, blocks[num_first * round_blocks :])
-            for _ in range(4 * transition):
+            for _ in range(num_steps):
                 preload.advance()
         assert reshard.run(phase) == len(plan.incoming(phase, rank)) * CELL_BYTES
         check(arena, plan, phase, rank)
@@ -79,8 +80,14 @@ def transit_ten_times(
 
 
 def exchange_rank(
-    text: str, num_layers: int, piece_bytes: int, is_staged: bool, chunk_numel: int | None = None
-) -> None:
+    text: str,
+    num_layers: int,
+    piece_bytes: int,
+    is_staged: bool,
+    chunk_numel: int | None = None,
+    early: str = "the same",
+) -> int:
+    """Returns the bytes that came early. `early` is the transport they take, if there is a `chunk_numel` for them."""
     exchange._PIECE_BYTES = piece_bytes
     layouts = LayoutPair.parse(text)
     groups = [
@@ -95,10 +102,16 @@ def exchange_rank(
     reshard = ExchangeReshard(plan, arena, transport, rank, groups[replica])
     if chunk_numel is not None:
         blocks = torch.zeros((200, chunk_numel + rank), dtype=torch.int32)
-        reshard.preload = CellPreload(plan, arena, transport, rank, groups[replica], blocks, chunk_numel)
+        early_transport: Transport = transport
+        if early == "staged":
+            early_transport = staged_transport(groups[replica])
+        elif early == "backend":
+            early_transport = BackendTransport(group, torch.device("cpu"))
+        reshard.preload = CellPreload(plan, arena, early_transport, rank, groups[replica], blocks, chunk_numel)
         num_chunks = sum(-(-spec.numel // chunk_numel) for spec in CELL_TENSORS)
         assert reshard.preload.size == PreloadSize(len(plan.rounds(Phase.DECODE)), num_chunks)
     transit_ten_times(reshard, arena, plan, rank, reshard.preload)
+    return 0 if reshard.preload is None else reshard.preload.num_bytes
 
 
 def host_rank(text: str, num_layers: int) -> None:
@@ -149,7 +162,15 @@ def test_exchange_through_host_memory_is_exact_after_ten_transitions(monkeypatch
 @pytest.mark.parametrize(("text", "num_layers"), [("P2->T2", 6), ("P4->T4", 5), ("P4->T2P2", 5)])
 def test_exchange_that_begins_early_is_exact_after_ten_transitions(monkeypatch, text, num_layers, chunk_numel):
     monkeypatch.setattr("seesaw_ds.parallel.host_transport.MAX_SLOT_BYTES", 64)
-    run_ranks(LayoutPair.parse(text).world_size, exchange_rank, text, num_layers, 80, True, chunk_numel)
+    assert sum(run_ranks(LayoutPair.parse(text).world_size, exchange_rank, text, num_layers, 80, True, chunk_numel)) > 0
+
+
+@pytest.mark.parametrize("early", ["staged", "backend"])
+@pytest.mark.parametrize(("text", "num_layers"), [("P2->T2", 6), ("P4->T4", 5), ("D2P2->D2T2", 6)])
+def test_exchange_that_begins_on_another_transport_is_exact_after_ten_transitions(monkeypatch, text, num_layers, early):
+    monkeypatch.setattr("seesaw_ds.parallel.host_transport.MAX_SLOT_BYTES", 64)
+    num_ranks = LayoutPair.parse(text).world_size
+    assert sum(run_ranks(num_ranks, exchange_rank, text, num_layers, 80, False, 8, early)) > 0
 
 
 @pytest.mark.parametrize(

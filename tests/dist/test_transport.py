@@ -10,11 +10,18 @@ import torch
 import torch.distributed as dist
 
 from harness import run_ranks
-from seesaw_ds.parallel import host_transport
+from seesaw_ds.parallel import host_transport, transport
 from seesaw_ds.parallel.host_transport import NUM_SLOTS, HostStagedTransport, required_bytes, slot_bytes
+from seesaw_ds.parallel.peers import Reach
 from seesaw_ds.parallel.shared_memory import NodeSharedMapping
-from seesaw_ds.parallel.transport import BackendTransport, Message, Transport, choose_transport
-from staged import staged_transport
+from seesaw_ds.parallel.transport import (
+    BackendTransport,
+    Message,
+    Transport,
+    choose_early_transport,
+    choose_transport,
+)
+from staged import ThreadLane, staged_transport
 
 SLOT_BYTES = 128
 CPU = torch.device("cpu")
@@ -192,9 +199,37 @@ def test_rings_of_all_pairs_stay_within_a_gibibyte(monkeypatch, num_ranks):
     assert slot_bytes(num_ranks) == 16 << 20 if num_ranks <= 4 else 4 << 20 <= slot_bytes(num_ranks) < 16 << 20
 
 
-def choose_on_cpu() -> str:
-    return type(choose_transport(dist.group.WORLD, CPU)).__name__
+def choose_on_cpu() -> tuple[str, bool]:
+    group = dist.group.WORLD
+    chosen = choose_transport(group, CPU)
+    return type(chosen).__name__, choose_early_transport(chosen, group, CPU) is chosen
 
 
 def test_the_process_group_carries_what_is_on_cpu():
-    assert run_ranks(2, choose_on_cpu) == ["BackendTransport"] * 2
+    assert run_ranks(2, choose_on_cpu) == [("BackendTransport", True)] * 2
+
+
+def choose_beside(between: Reach) -> str | None:
+    """What runs beside steps where the transport chosen does not, as NCCL's; its bytes must arrive."""
+    transport.reach = lambda group, device: between
+    host_transport.stream_lanes = lambda device: (ThreadLane(), ThreadLane())
+    group = dist.group.WORLD
+    chosen = BackendTransport(group, CPU)
+    chosen.runs_beside_steps = False
+    early = choose_early_transport(chosen, group, CPU)
+    if early is None:
+        return None
+    under_way = [start_exchange(each, index) for index, each in enumerate((early, early, chosen, early))]
+    for handle, pairs in under_way:
+        check(handle, pairs)
+    return type(early).__name__
+
+
+@pytest.mark.parametrize("between", [Reach.PEER, Reach.HOST])
+def test_host_memory_carries_what_travels_beside_steps(between):
+    assert run_ranks(2, choose_beside, between) == ["HostStagedTransport"] * 2
+
+
+def test_nothing_runs_beside_steps_between_nodes_or_for_a_rank_alone():
+    assert run_ranks(2, choose_beside, Reach.OTHER) == [None, None]
+    assert run_ranks(1, choose_beside, Reach.PEER) == [None]

@@ -128,7 +128,7 @@ def transit_with_preloads(run: RunConfig) -> list[int]:
     for num_rounds in range(5):
         num_rounds = min(num_rounds, size.num_rounds)
         preload.begin(num_rounds, block_ids[: num_rounds * size.round_blocks])
-        for _ in range(12 * num_rounds):  # what is left after 32 is started by the change itself
+        for _ in range(12 * num_rounds):  # enough to start them
             preload.advance()
         before = preload.num_bytes
         for phase in (Phase.DECODE, Phase.PREFILL):

@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from seesaw_ds.parallel.host_transport import HostStagedTransport, required_bytes, slot_bytes, stream_lanes
-from seesaw_ds.parallel.shared_memory import share_mapping
-from seesaw_ds.parallel.transport import BackendTransport, Transport, choose_transport
+from seesaw_ds.parallel.host_transport import HostStagedTransport, slot_bytes
+from seesaw_ds.parallel.transport import BackendTransport, Transport, choose_early_transport, choose_transport
 
 NUM_RANKS = 2
 HANG_SECONDS = 60
@@ -42,10 +41,12 @@ def run_rank(rank: int, rendezvous: str, is_p2p_disabled: bool) -> None:
     assert isinstance(chosen, HostStagedTransport) == (
         is_p2p_disabled or not torch.cuda.can_device_access_peer(rank, 1 - rank)
     )
-    mapping = share_mapping("staged", required_bytes(NUM_RANKS), group, device)
-    staged = HostStagedTransport(range(NUM_RANKS), rank, mapping, *stream_lanes(device))
+    early = choose_early_transport(chosen, group, device)
+    assert isinstance(early, HostStagedTransport)
+    assert (early is chosen) == isinstance(chosen, HostStagedTransport)
+    check_one_after_the_other(early, chosen)
     report(f"P2P {'off' if is_p2p_disabled else 'on'}: link, both directions at once {link_rate():.1f} GB/s each way")
-    for name, transport in {"NCCL": BackendTransport(group, device), "host-staged": staged}.items():
+    for name, transport in {"NCCL": BackendTransport(group, device), "host-staged": early}.items():
         check_bits(transport)
         rate = exchange_rate(transport)
         report(f"  {name}: {rate:.1f} GB/s each way, matrix products beside it {slow_down(transport):.3f}x the time")
@@ -73,6 +74,27 @@ def check_bits(transport: Transport) -> None:
     for step in under_way:
         num_wrong += count_wrong(*step)
     assert num_wrong.item() == 0, f"{num_wrong.item()} wrong bytes through {type(transport).__name__}"
+
+
+def check_one_after_the_other(early: Transport, chosen: Transport) -> None:
+    """As weights at a change of layout: several transfers on `early`, then others on `chosen` into what they sent."""
+    rank = dist.get_rank()
+    own = random.Random(rank)
+    num_wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for index in range(4):
+        cells = [pattern(rank, index + part, SIZES[-1]) for part in range(3)]
+        landings = [torch.full_like(cell, 255) for cell in cells]
+        handles = []
+        for cell, landing in zip(cells, landings, strict=True):
+            delay_sometimes(own)
+            handles.append(early.exchange([(cell, 1 - rank)], [(landing, 1 - rank)]))
+        for handle in handles:
+            handle.wait()
+        for part, (cell, landing) in enumerate(zip(cells, landings, strict=True)):
+            num_wrong += (landing != pattern(1 - rank, index + part, SIZES[-1])).sum()
+            chosen.exchange([(landing + 1, 1 - rank)], [(cell, 1 - rank)]).wait()
+            num_wrong += (cell != pattern(rank, index + part, SIZES[-1]) + 1).sum()
+    assert num_wrong.item() == 0, f"{num_wrong.item()} wrong bytes of {type(chosen).__name__} after early ones"
 
 
 def count_wrong(handle, landing: torch.Tensor, index: int) -> torch.Tensor:

@@ -109,10 +109,16 @@ def test_logprobs_match_transformers(
 
 @pytest.mark.gpu(2)
 @pytest.mark.parametrize("layouts", ["P2->T2", "T2->P2"])
+@pytest.mark.parametrize("is_p2p_disabled", [False, True], ids=["P2P on", "P2P off"])
 def test_logprobs_match_transformers_where_weights_come_early(
-    model: Path, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layouts: str
+    model: Path,
+    prompts: list[list[int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layouts: str,
+    is_p2p_disabled: bool,
 ) -> None:
-    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    monkeypatch.setenv("NCCL_P2P_DISABLE", str(int(is_p2p_disabled)))
     check_logprobs(model, prompts, tmp_path / "run", layouts, num_gpu_kv_blocks=6000)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["reshard"]["preloaded_bytes"] > 0

@@ -44,9 +44,9 @@ def test_a_written_profile_is_found_whole_with_sources(tmp_path: Path) -> None:
 
 
 def test_one_rank_alone_has_a_profile_too() -> None:
-    figures = FIGURES | {"pads_decode": 0.0, "preloads": 0.0}
+    figures = FIGURES | {"pads_decode": 0.0}
     profile = parse_hardware(profile_values(figures, "local", "measured here today"))
-    assert profile.pads_decode is profile.preloads is None
+    assert profile.pads_decode is None
     assert profile.send_bandwidth == profile.memory_bandwidth
     assert "pads_decode" not in profile.sources
 

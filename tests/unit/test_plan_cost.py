@@ -191,17 +191,27 @@ def test_weights_that_come_early_are_only_copied_within_the_device():
     assert half == pytest.approx((landing + reshard.to(Phase.DECODE, 20)) / 2)
 
 
+@pytest.mark.parametrize(
+    ("machine", "exchange", "duplex", "rate"),
+    [("h200-nvlink", 236e9, 34e9, 34e9), ("h200-p2p-off", 30e9, 34e9, 30e9), ("cpu", 1e9, 2.5e9, 1e9)],
+)
+def test_weights_that_come_early_go_through_host_memory(machine: str, exchange: float, duplex: float, rate: float):
+    profile = replace(hardware(machine), send_seconds=1e-12, exchange_bandwidth=exchange, duplex=duplex)
+    to_decode = reshard_seconds(MODEL, pair("P2->T2"), profile, "bfloat16", "exchange", 16).to_decode
+    num_bytes = 80 * MODEL.layer_parameters * 2 / 4
+    assert to_decode.weights == pytest.approx(num_bytes / exchange)
+    assert to_decode.early == pytest.approx(num_bytes / rate)
+
+
 def test_blocks_of_the_smallest_shard_bound_what_comes_early():
-    machine = hardware("h200-p2p-off")
     # A cell is half a layer, 816 MiB; a block of 16 tokens has 40 layers of 8 heads, 2.5 MiB.
-    assert preload_size(MODEL, pair("P2->T2"), machine, "bfloat16", "exchange", 16) == PreloadSize(40, 327)
+    assert preload_size(MODEL, pair("P2->T2"), "bfloat16", "exchange", 16) == PreloadSize(40, 327)
     # The first rank's blocks have 80 layers of four heads in decode, the second one's 60 of eight in prefill.
-    assert preload_size(MODEL, pair("P2[20,60]->T2"), machine, "bfloat16", "exchange", 16) == PreloadSize(60, 327)
+    assert preload_size(MODEL, pair("P2[20,60]->T2"), "bfloat16", "exchange", 16) == PreloadSize(60, 327)
     # An eighth of a layer, and blocks of ten layers.
-    assert preload_size(MODEL, pair("P8->T8"), machine, "bfloat16", "exchange", 16) == PreloadSize(70, 327)
-    assert preload_size(MODEL, pair("P2->T2"), machine, "bfloat16", "host", 16) is None
-    assert preload_size(MODEL, pair("T2"), machine, "bfloat16", "exchange", 16) is None
-    assert preload_size(MODEL, pair("P2->T2"), hardware("h200-nvlink"), "bfloat16", "exchange", 16) is None
+    assert preload_size(MODEL, pair("P8->T8"), "bfloat16", "exchange", 16) == PreloadSize(70, 327)
+    assert preload_size(MODEL, pair("P2->T2"), "bfloat16", "host", 16) is None
+    assert preload_size(MODEL, pair("T2"), "bfloat16", "exchange", 16) is None
 
 
 def test_kv_on_the_devices_moves_where_its_owner_changes_and_is_rewritten_everywhere():

@@ -18,7 +18,15 @@ from seesaw_ds.plan.simulator import Simulator, _bundled, _Replica
 from seesaw_ds.plan.static_engine import BatchPolicy, StaticEngineLimits, run_static_engine
 from seesaw_ds.plan.transfers import reshard_seconds
 from seesaw_ds.plan.workloads import RequestLength, workload_lengths
-from seesaw_ds.sched.output import DecodeBatch, DecodeRow, PrefillBatch, PrefillChunk, SwitchPhase
+from seesaw_ds.sched.output import (
+    DecodeBatch,
+    DecodeRow,
+    PrefillBatch,
+    PrefillChunk,
+    Preload,
+    PreloadSize,
+    SwitchPhase,
+)
 
 MODEL = shape("llama2-70b")
 A10 = hardware("a10")
@@ -52,16 +60,31 @@ def mixed_batch(step_id: int, group: int) -> PrefillBatch:
 
 
 @pytest.mark.parametrize(("unit", "bundle"), [(1, 1), (4, 1), (4, 2)])
-def test_weights_come_while_the_last_prompts_run(unit: int, bundle: int):
-    machine = hardware("h200-p2p-off")
+@pytest.mark.parametrize(
+    ("name", "late_seconds", "early_seconds"), [("h200-p2p-off", 1.0, 0.4), ("h200-nvlink", 0.16, 0.1)]
+)
+def test_weights_come_while_the_last_prompts_run(
+    monkeypatch: pytest.MonkeyPatch, name: str, late_seconds: float, early_seconds: float, unit: int, bundle: int
+):
     lengths = workload_lengths("sharegpt", 400)
-    changes = {"host_gib": 24.0, "machine": machine, "unit": unit, "bundle": bundle, "stays": False}
+    changes = {"host_gib": 24.0, "machine": hardware(name), "unit": unit, "bundle": bundle, "stays": False}
     early = simulate("P2->T2", lengths, **changes)
-    late = simulate("P2->T2", lengths, **(changes | {"machine": replace(machine, preloads=None)}))
-    assert late.transition_seconds > 1.0
-    assert early.transition_seconds < 0.4
+    monkeypatch.setattr("seesaw_ds.plan.simulator.preload_size", lambda *_: None)
+    late = simulate("P2->T2", lengths, **changes)
+    assert late.transition_seconds > late_seconds
+    assert early.transition_seconds < early_seconds
     assert early.prefill_seconds == pytest.approx(late.prefill_seconds, rel=0.01)
     assert early.decode_seconds == pytest.approx(late.decode_seconds, rel=0.05)
+
+
+def test_what_has_not_come_by_the_change_is_left_to_the_exchange():
+    simulated = replica("P8->T8")
+    simulated.scheduler.limits = replace(simulated.scheduler.limits, preload=PreloadSize(num_rounds=4, round_blocks=1))
+    way = simulated._reshard.to_decode
+    simulated._execute(Preload(2, (0, 1)), 0.0)
+    simulated._execute(Preload(2, (2, 3)), 0.0)
+    simulated._execute(SwitchPhase(Phase.DECODE, ()), 0.75 * way.early)
+    assert simulated.transition_seconds == pytest.approx(0.25 * way.weights + 0.75 * way.landing)
 
 
 @pytest.mark.parametrize("mixed_steps", [True, False])
