@@ -46,8 +46,8 @@ def reshard_seconds(
 ) -> ReshardSeconds:
     """Seconds of a transition, for the rank that waits longest; a static pair moves nothing.
 
-    Weights: "exchange" receives what the rank does not hold yet, layer by layer, from other devices; "host" copies the
-    whole shard from host memory, all devices at once. A KV block of `block_size` tokens is read and written in device
+    Weights: "exchange" receives what the rank does not hold yet, layer by layer, from other devices; "host" copies it
+    from host memory, all devices at once. A KV block of `block_size` tokens is read and written in device
     memory once, and what the rank does not hold yet of it comes from other devices.
     """
     ways = {}
@@ -116,10 +116,9 @@ def _weights_seconds(
     dtype: str,
     weight_reshard: str,
 ) -> float:
-    if weight_reshard == "host":
-        num_new = max(new for new, _ in _parts(source, target, shape.num_layers, cells))
-        return num_new * _cell_bytes(shape, cells, dtype) / hardware.host_to_device
     num_bytes = _received_bytes(shape, cells, source, target, dtype)
+    if weight_reshard == "host":
+        return num_bytes / hardware.host_to_device
     return num_bytes / _exchange_bandwidth(hardware) + hardware.send_seconds * shape.num_layers
 
 
