@@ -101,13 +101,13 @@ class HostStagedLink:
         self._last_send.wait()
         tensor = tensor.contiguous()
         self._outgoing.follow()
-        for piece in ring.pieces(tensor):
+        for piece in ring.pieces([tensor]):
             ring.write(self._outgoing, piece)
         self._last_send = Handle([self._outgoing.end()], [tensor])
 
     def _recv(self, ring: Ring, tensor: torch.Tensor) -> torch.Tensor:
         self._incoming.follow()
-        for piece in ring.pieces(tensor):
+        for piece in ring.pieces([tensor]):
             ring.read(self._incoming, piece)
         self._incoming.end().wait()
         return tensor

@@ -3,7 +3,8 @@ other's memory.
 
 Each ordered pair of ranks has a ring of slots in memory that the node shares. The sender copies pieces into slots and
 the receiver copies them out, each on a lane of its own: an ordered queue, on CUDA a stream. Both directions of
-the host link are busy then. Two flags count the pieces that have been written and read. With four slots, piece n goes
+the host link are busy then. A piece is as many small tensors as a slot takes, or a part of a large one. Two flags count
+the pieces that have been written and read. With four slots, piece n goes
 
     sender      outgoing lane    wait: read >= n - 3        slot n mod 4 <- piece     written <- n + 1
     receiver    incoming lane    wait: written >= n + 1     piece <- slot n mod 4     read <- n + 1
@@ -26,7 +27,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import permutations, zip_longest
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -52,6 +53,7 @@ _MAX_LANES_TRIED = 16
 _PROBE_SECONDS = 0.01  # a thousand times what the probe's work takes
 _PROBE_BYTES = 64 << 10  # small copies to the device may be made in the command itself, by no copy engine
 _T = TypeVar("_T")
+Piece = list[torch.Tensor]  # bytes that a slot takes, one tensor after the other
 _WAIT_UNTIL_AT_LEAST = 0  # CU_STREAM_WAIT_VALUE_GEQ
 _WRITE_AFTER_FENCE = 0  # CU_STREAM_WRITE_VALUE_DEFAULT: what the stream did before is visible to all first
 _STREAM_OPERATION = (
@@ -112,11 +114,12 @@ class HostStagedTransport:
         return Handle([self._outgoing.end(), self._incoming.end()], [tensor for tensor, _ in (*sends, *receives)])
 
 
-def _turns(messages: Sequence[Message], rings: Mapping[int, Ring]) -> list[list[tuple[int, torch.Tensor]]]:
-    """Cut messages into pieces of a slot or less: (peer, piece) for each peer's first one, its second one, ..."""
-    pieces: dict[int, list[torch.Tensor]] = {}
+def _turns(messages: Sequence[Message], rings: Mapping[int, Ring]) -> list[list[tuple[int, Piece]]]:
+    """Messages as pieces of a slot or less: (peer, piece) for each peer's first one, its second one, ..."""
+    tensors: dict[int, list[torch.Tensor]] = {}
     for tensor, peer in messages:
-        pieces.setdefault(peer, []).extend(rings[peer].pieces(tensor))
+        tensors.setdefault(peer, []).append(tensor)
+    pieces = {peer: rings[peer].pieces(its) for peer, its in tensors.items()}
     turns = zip_longest(*pieces.values())
     return [[(peer, piece) for peer, piece in zip(pieces, turn, strict=True) if piece is not None] for turn in turns]
 
@@ -135,32 +138,59 @@ class Ring:
         self._read = flags[1, :1]
         self._num_pieces = 0
 
-    def pieces(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The bytes of a contiguous tensor, cut to what a slot holds."""
-        flat = (tensor if tensor.dim() == 1 else tensor.view(-1)).view(torch.uint8)
-        # Most often it is one piece, and there may be many hundred of them.
-        return (flat,) if flat.nbytes <= self._slot_bytes else flat.split(self._slot_bytes)
+    def pieces(self, tensors: Sequence[torch.Tensor]) -> list[Piece]:
+        """The bytes of contiguous tensors, cut and put together to what slots hold: alike for tensors of alike sizes.
 
-    def write(self, lane: Lane, source: torch.Tensor) -> None:
-        """Put the next piece into the ring, bytes on the device."""
-        slot = self._slot(source)
+        A piece costs a wait and a flag beside its copies, so small tensors share one.
+        """
+        pieces: list[Piece] = []
+        room = 0
+        for tensor in tensors:
+            flat = (tensor if tensor.dim() == 1 else tensor.view(-1)).view(torch.uint8)
+            for part in (flat,) if flat.nbytes <= self._slot_bytes else flat.split(self._slot_bytes):
+                if not pieces or part.nbytes > room:
+                    pieces.append([])
+                    room = self._slot_bytes
+                _append(pieces[-1], part)
+                room -= part.nbytes
+        return pieces
+
+    def write(self, lane: Lane, piece: Piece) -> None:
+        """Put the next piece into the ring, from the device."""
         num_slots = len(self._slots)
         if self._num_pieces >= num_slots:
             lane.wait(self._read, self._num_pieces + 1 - num_slots)
-        lane.copy(slot, source)
+        for part, place in zip(piece, self._places(piece), strict=True):
+            lane.copy(place, part)
         self._num_pieces += 1
         lane.raise_flag(self._written, self._num_pieces)
 
-    def read(self, lane: Lane, target: torch.Tensor) -> None:
+    def read(self, lane: Lane, piece: Piece) -> None:
         """Take the next piece out of the ring, of as many bytes as the sender gave."""
-        slot = self._slot(target)
+        lane.wait(self._written, self._num_pieces + 1)
+        for part, place in zip(piece, self._places(piece), strict=True):
+            lane.copy(part, place)
         self._num_pieces += 1
-        lane.wait(self._written, self._num_pieces)
-        lane.copy(target, slot)
         lane.raise_flag(self._read, self._num_pieces)
 
-    def _slot(self, piece: torch.Tensor) -> torch.Tensor:
-        return self._slots[self._num_pieces % len(self._slots), : piece.numel()]
+    def _places(self, piece: Piece) -> Iterator[torch.Tensor]:
+        """Of the next slot, what each of the piece's tensors takes."""
+        slot = self._slots[self._num_pieces % len(self._slots)]
+        start = 0
+        for part in piece:
+            yield slot[start : start + part.nbytes]
+            start += part.nbytes
+
+
+def _append(piece: Piece, part: torch.Tensor) -> None:
+    """Add bytes to a piece, as one tensor with those that they follow in memory: one copy takes both."""
+    if piece:
+        last = piece[-1]
+        is_same_memory = last.untyped_storage().data_ptr() == part.untyped_storage().data_ptr()
+        if is_same_memory and last.data_ptr() + last.nbytes == part.data_ptr():
+            piece[-1] = last.as_strided((last.nbytes + part.nbytes,), (1,))
+            return
+    piece.append(part)
 
 
 class StreamLane:

@@ -158,6 +158,7 @@ class RecordingLane:
 
     def __init__(self, name: str, notes: list[tuple[str, str, int]]) -> None:
         self._name, self._notes = name, notes
+        self.copied: list[int] = []
 
     def follow(self) -> None:
         pass
@@ -167,6 +168,7 @@ class RecordingLane:
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         assert target.shape == source.shape
+        self.copied.append(target.nbytes)
 
     def raise_flag(self, flag: torch.Tensor, count: int) -> None:
         self._notes.append((self._name, "raise", count))
@@ -189,6 +191,41 @@ def test_a_send_waits_only_for_receives_of_earlier_turns():
             expected.append(("out", "wait", piece - NUM_SLOTS + 1))
         expected += [("out", "raise", piece + 1), ("in", "wait", piece + 1), ("in", "raise", piece + 1)]
     assert notes == expected
+
+
+def test_small_tensors_share_pieces_and_those_that_follow_each_other_copies():
+    mapping = NodeSharedMapping.create("shared pieces", required_bytes(2), dist.HashStore())
+    notes: list[tuple[str, str, int]] = []
+    outgoing, incoming = RecordingLane("out", notes), RecordingLane("in", notes)
+    transport = HostStagedTransport([0, 1], 0, mapping, outgoing, incoming)
+    size = SLOT_BYTES // 3
+    chunks = torch.zeros(4 * size, dtype=torch.uint8).split(size)
+    apart = [torch.zeros(size, dtype=torch.uint8) for _ in range(4)]
+    large = torch.zeros(SLOT_BYTES + size, dtype=torch.uint8)
+    transport.exchange([(part, 1) for part in (*chunks, large)], [(part, 1) for part in (*apart, large)])
+    assert outgoing.copied == [3 * size, size, SLOT_BYTES, size]
+    assert incoming.copied == [size, size, size, size, SLOT_BYTES, size]
+    assert [note for note in notes if note[1] == "raise"] == [
+        (name, "raise", piece) for piece in (1, 2, 3, 4) for name in ("out", "in")
+    ]
+
+
+def exchange_many_small_tensors() -> None:
+    transport, rank = make_transport("staged"), dist.get_rank()
+    for turn in range(3):
+        numels = [1 + (7 * index + turn) % (SLOT_BYTES // 12) for index in range(200)]
+        whole = values(rank, 1 - rank, turn, sum(numels))
+        landing = torch.empty(2 * sum(numels), dtype=torch.float64)
+        # What is sent lies side by side, what comes in with room between.
+        starts = [2 * sum(numels[:index]) for index in range(len(numels))]
+        targets = [landing[start : start + numel] for start, numel in zip(starts, numels, strict=True)]
+        sends, receives = ([(tensor, 1 - rank) for tensor in tensors] for tensors in (whole.split(numels), targets))
+        check(transport.exchange(sends, receives), [])
+        assert torch.equal(torch.cat(targets), values(1 - rank, rank, turn, sum(numels)))
+
+
+def test_many_small_tensors_arrive():
+    run_ranks(2, exchange_many_small_tensors)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
