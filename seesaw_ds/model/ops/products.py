@@ -126,7 +126,9 @@ class _Flush:
         self._memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
     def time(self, work: Callable[[], object], count: int) -> float:
-        """Milliseconds in the median of `count`; the first call, which may load kernels, is not counted."""
+        """The least of `count` times, in milliseconds: a host that is disturbed adds to some. A first call, which may
+        load kernels, is not counted.
+        """
         work()
         timings = []
         for _ in range(count):
@@ -137,7 +139,7 @@ class _Flush:
             end.record()
             timings.append((start, end))
         torch.cuda.synchronize()
-        return sorted(start.elapsed_time(end) for start, end in timings)[count // 2]
+        return min(start.elapsed_time(end) for start, end in timings)
 
 
 class _Product:
