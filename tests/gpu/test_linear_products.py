@@ -33,6 +33,21 @@ def test_every_proposal_is_the_product(num_rows: int, is_transposed: bool, dtype
         torch.testing.assert_close(product(x, weight).float(), expected, rtol=2e-2, atol=2e-2)
 
 
+def test_rows_that_are_not_aligned_are_torchs() -> None:
+    weight = torch.randn(1280, 4100, dtype=torch.bfloat16, device="cuda")
+    assert not products._proposed(8, weight)
+
+
+def test_weights_may_lie_at_any_multiple_of_16_bytes() -> None:
+    memory = torch.randn(1280 * 4096 + 8, dtype=torch.bfloat16, device="cuda") * 4096**-0.5
+    weight = memory[8:].view(1280, 4096)
+    x = torch.randn(36, 4096, dtype=torch.bfloat16, device="cuda")
+    for product in products._proposed(36, weight):
+        torch.testing.assert_close(
+            product(x, weight).float(), F.linear(x.float(), weight.float()), rtol=2e-2, atol=2e-2
+        )
+
+
 def test_a_captured_step_has_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_LEAST_GAIN", -1.0)  # some algorithm is taken for each size
     weights = [matrices(1280, 4096, is_transposed, torch.bfloat16) for is_transposed in (False, True)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import byref, c_float, c_int, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from functools import partial
 from itertools import product
 from typing import NamedTuple
@@ -31,7 +31,10 @@ _R_32F = 0
 _TYPES = {torch.bfloat16: 14, torch.float16: 2}
 _DESC_TRANSA = 3
 _PREFERENCE_MAX_WORKSPACE_BYTES = 1
+_PREFERENCE_MIN_ALIGNMENTS = (5, 6, 7, 8)  # of the four matrices; else weights are taken to lie at multiples of 256
 _OP_T = 1
+
+_ALIGNMENT = 16  # bytes, of a row and so of whatever a tensor of whole rows starts with
 
 _ONE, _ZERO = c_float(1.0), c_float(0.0)
 
@@ -211,14 +214,15 @@ def _matrix(dtype: int, num_rows: int, num_columns: int) -> c_void_p:
 
 def _proposed(num_rows: int, weight: torch.Tensor) -> list[_Product]:
     """What cuBLASLt holds fit for a size, the one it likes best first."""
-    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+    is_aligned = all(size * weight.itemsize % _ALIGNMENT == 0 for size in weight.shape)
+    if not is_aligned or not (weight.is_contiguous() or weight.t().is_contiguous()):
         return []
     its = _Descriptors(num_rows, weight)
     preference = c_void_p()
     _call("cublasLtMatmulPreferenceCreate", byref(preference))
-    most_bytes = c_size_t(WORKSPACE_BYTES)
-    attribute = (_PREFERENCE_MAX_WORKSPACE_BYTES, byref(most_bytes), c_size_t(ctypes.sizeof(most_bytes)))
-    _call("cublasLtMatmulPreferenceSetAttribute", preference, *attribute)
+    _prefer(preference, _PREFERENCE_MAX_WORKSPACE_BYTES, c_uint64(WORKSPACE_BYTES))
+    for attribute in _PREFERENCE_MIN_ALIGNMENTS:
+        _prefer(preference, attribute, c_uint32(_ALIGNMENT))
     proposals = (_Proposal * _MOST_ALGORITHMS)()
     count = c_int()
     matrices = (its.operation, its.weight, its.x, its.out, its.out)
@@ -228,6 +232,11 @@ def _proposed(num_rows: int, weight: torch.Tensor) -> list[_Product]:
     if status != 0:  # none that fits
         return []
     return [_Product(its, proposal.algorithm) for proposal in proposals[: count.value] if proposal.status == 0]
+
+
+def _prefer(preference: c_void_p, attribute: int, value: c_uint32 | c_uint64) -> None:
+    size = c_size_t(ctypes.sizeof(value))
+    _call("cublasLtMatmulPreferenceSetAttribute", preference, attribute, byref(value), size)
 
 
 def _call(name: str, *arguments: object) -> None:
