@@ -68,11 +68,16 @@ class TunedProducts:
 
     def __init__(self) -> None:
         self._products: dict[Hashable, _Product] = {}
+        self._row_counts: set[int] = set()  # that any of these has: prefill, which is not tuned, asks no further
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """(N, in) times (out, in) transposed, (N, out)."""
-        fastest = self._products.get(_key(x.shape[0], weight)) if bias is None and x.is_contiguous() else None
-        return F.linear(x, weight, bias) if fastest is None else fastest(x, weight)
+        num_rows = x.shape[0]
+        if num_rows in self._row_counts and bias is None and x.is_contiguous():
+            fastest = self._products.get(_key(num_rows, weight))
+            if fastest is not None:
+                return fastest(x, weight)
+        return F.linear(x, weight, bias)
 
     def tune(self, num_rows: Iterable[int], weights: Iterable[torch.Tensor]) -> TuningTimes:
         """Time what cuBLASLt proposes for each number of rows up to `MOST_ROWS`, and each weight.
@@ -87,6 +92,7 @@ class TunedProducts:
                 choice = _choose(rows, weight, flush)
                 if choice.fastest is not None:
                     self._products[_key(rows, weight)] = choice.fastest
+                    self._row_counts.add(rows)
                 usual += choice.usual
                 tuned += choice.tuned
         return TuningTimes(usual, tuned)
