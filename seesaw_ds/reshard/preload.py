@@ -28,10 +28,10 @@ from seesaw_ds.reshard.arena import WeightArena
 from seesaw_ds.reshard.plan import ReshardPlan, Round, Transfer, own_transfers
 from seesaw_ds.sched.output import PreloadSize
 
-# The whole exchange is started over so many steps, round by round. That is about as fast as its rounds arrive (see
+# The whole exchange is started over so many steps, round by round. Rounds arrive faster than that (see
 # `sched/preload.py`), so that a change finds few that are under way: it waits for these, while the exchange may have a
-# faster transport for the rest. And what queueing takes of the host is hidden behind the steps.
-_NUM_STEPS = 32
+# faster transport for the rest. And the host, which takes some milliseconds to queue a round, keeps its lead.
+_NUM_STEPS = 48
 
 
 class _Arrival(NamedTuple):

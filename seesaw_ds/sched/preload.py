@@ -13,8 +13,9 @@ from seesaw_ds.sched.pools import KvPools
 from seesaw_ds.sched.prefill import PrefillQueue
 from seesaw_ds.sched.sequence import SequenceState
 
-# About as long as an exchange through host memory takes: 70B on two GPUs 1.0 s, 32 micro-batches of 256 tokens 1.1 s.
-_MICRO_BATCHES_BEFORE = 32
+# Half as long again as an exchange through host memory takes, so that the host keeps up with queueing it: 70B on two
+# GPUs 1.0 s, 48 micro-batches of 256 tokens 1.7 s. Decode rows that ride make them more than that.
+_MICRO_BATCHES_BEFORE = 48
 
 
 class Preloading:

@@ -88,8 +88,8 @@ def test_there_is_room_when_others_have_ended() -> None:
 
 
 def test_nothing_comes_while_many_prompts_are_left() -> None:
-    # 32 micro-batches of 4 tokens are 64 blocks.
-    scheduler = scheduler_with(34, max_num_batched_tokens=4, num_gpu_blocks=1000, mixes_steps=False)
+    # 48 micro-batches of 4 tokens are 96 blocks.
+    scheduler = scheduler_with(50, max_num_batched_tokens=4, num_gpu_blocks=1000, mixes_steps=False)
     scheduler.close_input()
     action = scheduler.schedule()
     num_batches = 0
