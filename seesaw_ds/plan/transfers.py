@@ -55,11 +55,12 @@ def reshard_seconds(
         way = TransitionSeconds(0.0, 0.0, 0.0, 0.0)
         if not pair.is_static:
             source, target = pair[to.other], pair[to]
+            num_bytes = _received_bytes(shape, pair.cells_per_layer, source, target, dtype)
             way = TransitionSeconds(
-                _weights_seconds(shape, pair.cells_per_layer, source, target, hardware, dtype, weight_reshard),
-                _kv_block_seconds(shape, source, target, hardware, dtype, block_size),
-                _landing_seconds(shape, pair.cells_per_layer, source, target, hardware, dtype),
-                _early_seconds(shape, pair.cells_per_layer, source, target, hardware, dtype),
+                weights=_weights_seconds(num_bytes, shape, hardware, weight_reshard),
+                kv_block=_kv_block_seconds(shape, source, target, hardware, dtype, block_size),
+                landing=2 * num_bytes / (hardware.memory_bandwidth * hardware.memory_efficiency),
+                early=_early_seconds(num_bytes, shape, hardware),
             )
         ways[to] = way
     return ReshardSeconds(ways[Phase.PREFILL], ways[Phase.DECODE])
@@ -107,42 +108,23 @@ def _parts(source: ParallelLayout, target: ParallelLayout, num_layers: int, widt
     return tuple(parts)
 
 
-def _weights_seconds(
-    shape: ModelShape,
-    cells: int,
-    source: ParallelLayout,
-    target: ParallelLayout,
-    hardware: HardwareProfile,
-    dtype: str,
-    weight_reshard: str,
-) -> float:
-    num_bytes = _received_bytes(shape, cells, source, target, dtype)
+def _received_bytes(shape: ModelShape, cells: int, source: ParallelLayout, target: ParallelLayout, dtype: str) -> float:
+    """Weights that the rank which lacks most does not hold yet."""
+    num_received = max(received for _, received in _parts(source, target, shape.num_layers, cells))
+    return num_received * _cell_bytes(shape, cells, dtype)
+
+
+def _weights_seconds(num_bytes: float, shape: ModelShape, hardware: HardwareProfile, weight_reshard: str) -> float:
     if weight_reshard == "host":
         return num_bytes / hardware.host_to_device
     return num_bytes / _exchange_bandwidth(hardware) + hardware.send_seconds * shape.num_layers
 
 
-def _early_seconds(
-    shape: ModelShape, cells: int, source: ParallelLayout, target: ParallelLayout, hardware: HardwareProfile, dtype: str
-) -> float:
+def _early_seconds(num_bytes: float, shape: ModelShape, hardware: HardwareProfile) -> float:
     # Beside steps weights go through host memory, where a faster exchange between the devices is of no use. A slower
     # one is of no other way: it goes through host memory too, or is gloo's.
     bandwidth = min(_exchange_bandwidth(hardware), hardware.duplex)
-    num_bytes = _received_bytes(shape, cells, source, target, dtype)
     return num_bytes / bandwidth + hardware.send_seconds * shape.num_layers
-
-
-def _landing_seconds(
-    shape: ModelShape, cells: int, source: ParallelLayout, target: ParallelLayout, hardware: HardwareProfile, dtype: str
-) -> float:
-    num_bytes = _received_bytes(shape, cells, source, target, dtype)
-    return 2 * num_bytes / (hardware.memory_bandwidth * hardware.memory_efficiency)
-
-
-def _received_bytes(shape: ModelShape, cells: int, source: ParallelLayout, target: ParallelLayout, dtype: str) -> float:
-    """Weights that the rank which lacks most does not hold yet."""
-    num_received = max(received for _, received in _parts(source, target, shape.num_layers, cells))
-    return num_received * _cell_bytes(shape, cells, dtype)
 
 
 def _kv_block_seconds(
