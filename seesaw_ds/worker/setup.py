@@ -22,23 +22,20 @@ from seesaw_ds.model.backends import choose_backends
 from seesaw_ds.model.build import build_stages
 from seesaw_ds.model.rope import ModelRotation
 from seesaw_ds.parallel import device as devices
-from seesaw_ds.parallel.all_reduce import AllReduce, BackendAllReduce, choose_all_reduce
 from seesaw_ds.parallel.groups import ParallelState
-from seesaw_ds.parallel.links import PipelineLink, choose_link
 from seesaw_ds.parallel.shared_memory import begin_mapping
-from seesaw_ds.parallel.transport import BackendTransport, Transport, choose_early_transport, choose_transport
-from seesaw_ds.plan.memory import most_step_tokens, size_pools
+from seesaw_ds.plan.memory import size_pools
 from seesaw_ds.reshard.exchange import EXCHANGE_SCRATCH_BYTES
-from seesaw_ds.reshard.plan import plan_reshard
 from seesaw_ds.reshard.preload import CellPreload
 from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.shapes import model_shape, read_hf_config
+from seesaw_ds.worker import connections
 from seesaw_ds.worker.decode import DecodeRunner
 from seesaw_ds.worker.engine import Engine, StartUpTimer
 from seesaw_ds.worker.graphs import EagerExecutor, GraphExecutor, GraphPool, StepExecutor, graph_sizes
 from seesaw_ds.worker.memory import StepBytes, check_kv_blocks, log_memory_in_use, measure_kv_blocks, peak_bytes
 from seesaw_ds.worker.prefill import PrefillRunner
-from seesaw_ds.worker.slots import DecodingSlots, TokenFeedback
+from seesaw_ds.worker.slots import DecodingSlots
 from seesaw_ds.worker.warmup import warm_up_blocks, warm_up_prefill
 from seesaw_ds.worker.weights import load_weights
 
@@ -98,19 +95,19 @@ class _EngineBuilder:
         self._backends = choose_backends(self._shape, run.kv_block_size, self._dtype, self._device)
         with timer.part("kernels"):
             self._compile_kernels()
-        self._all_reduces = self._choose_all_reduces()
-        self._transport = self._choose_transport()
-        self._early_transport = self._choose_early_transport()
+        self._all_reduces = connections.make_all_reduces(run, self._state, self._backends.has_graphs, self._device)
+        self._transport = connections.make_transport(run, self._state, self._device)
+        self._early_transport = connections.make_early_transport(
+            run, self._state, self._shape.num_layers, self._transport, self._device
+        )
         self._scratch = torch.empty(self._scratch_bytes(), dtype=torch.uint8, device=self._device)
         self._max_blocks_per_seq = blocks_for(self._longest, run.kv_block_size)
         self._attentions = {phase: self._decode_attention(phase) for phase in self._decode_layouts()}
         self._slots = DecodingSlots(
             run.max_num_seqs, self._max_blocks_per_seq, self._shape.vocab_size, self._device, self._backends.draw
         )
-        self._links: dict[Phase, PipelineLink] = {}
-        self._feedback: dict[Phase, TokenFeedback] = {}
-        for phase in Phase:
-            self._make_links(phase)
+        self._links = connections.make_links(run, self._state, self._shape.hidden_size, self._dtype, self._device)
+        self._feedback = connections.make_feedback(run, self._state, self._links, self._slots)
         self._rotary = ModelRotation(self._hf_config, self._shape, self._device, self._longest)
 
     def _compile_kernels(self) -> None:
@@ -123,47 +120,6 @@ class _EngineBuilder:
             store.set(key, "compiled")
         else:
             store.wait([key], _MOST_COMPILE_TIME)
-
-    def _make_links(self, phase: Phase) -> None:
-        """A static layout has one pipeline: its steps of both kinds follow each other on one link."""
-        if self._layouts.is_static and self._links:
-            self._links[phase], self._feedback[phase] = self._links[phase.other], self._feedback[phase.other]
-            return
-        groups = self._state[phase]
-        self._links[phase] = choose_link(
-            groups,
-            self._state.replica,
-            self._shape.hidden_size,
-            most_step_tokens(self._run),
-            self._dtype,
-            self._device,
-        )
-        self._feedback[phase] = TokenFeedback(groups, self._links[phase], self._slots)
-
-    def _choose_all_reduces(self) -> dict[Phase, AllReduce]:
-        has_graphs = self._backends.has_graphs
-        decode = choose_all_reduce(self._state[Phase.DECODE].tp, self._device, has_graphs)
-        if self._layouts.is_static:
-            prefill = decode
-        elif self._run.may_stay:
-            prefill = choose_all_reduce(self._state[Phase.PREFILL].tp, self._device, has_graphs)
-        else:
-            prefill = BackendAllReduce(self._state[Phase.PREFILL].tp)
-        return {Phase.PREFILL: prefill, Phase.DECODE: decode}
-
-    def _choose_transport(self) -> Transport:
-        group = self._state.replica
-        if self._layouts.is_static:  # nothing will travel
-            return BackendTransport(group, self._device)
-        return choose_transport(group, self._device)
-
-    def _choose_early_transport(self) -> Transport | None:
-        """For weights that come early; None where none can. Its locked memory is there before memory is measured."""
-        if self._layouts.is_static or self._run.weight_reshard != "exchange":
-            return None
-        if not plan_reshard(self._layouts, self._shape.num_layers).rounds(Phase.DECODE):
-            return None
-        return choose_early_transport(self._transport, self._state.replica, self._device)
 
     def _scratch_bytes(self) -> int:
         """Of what attention and the changes of layout use in turn."""
