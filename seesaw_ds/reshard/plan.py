@@ -48,7 +48,6 @@ class Transfer(NamedTuple):
 
 
 Round = tuple[Transfer, ...]
-
 Placement = Mapping[CellId, int]
 
 

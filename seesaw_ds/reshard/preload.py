@@ -27,11 +27,12 @@ from seesaw_ds.parallel.transport import Handle, Message, Transport
 from seesaw_ds.reshard.arena import WeightArena
 from seesaw_ds.reshard.plan import ReshardPlan, Round, Transfer, own_transfers
 from seesaw_ds.sched.output import PreloadSize
+from seesaw_ds.sched.preload import MICRO_BATCHES_BEFORE
 
-# The whole exchange is started over so many steps, round by round. Rounds arrive faster than that (see
-# `sched/preload.py`), so that a change finds few that are under way: it waits for these, while the exchange may have a
-# faster transport for the rest. And the host, which takes some milliseconds to queue a round, keeps its lead.
-_NUM_STEPS = 48
+# The whole exchange is started over so many steps, round by round; the scheduler leaves it as many. Rounds come faster
+# than that, so that a change finds few that are under way: it waits for these, while the exchange may have a faster
+# transport for the rest. And the host, which takes some milliseconds to queue a round, keeps its lead.
+_NUM_STEPS = MICRO_BATCHES_BEFORE
 
 
 class _Arrival(NamedTuple):

@@ -15,7 +15,7 @@ from seesaw_ds.sched.sequence import SequenceState
 
 # Half as long again as an exchange through host memory takes, so that the host keeps up with queueing it: 70B on two
 # GPUs 1.0 s, 48 micro-batches of 256 tokens 1.7 s. Decode rows that ride make them more than that.
-_MICRO_BATCHES_BEFORE = 48
+MICRO_BATCHES_BEFORE = 48
 
 
 class Preloading:
@@ -32,7 +32,7 @@ class Preloading:
         size, prefill, pools = self._limits.preload, self._prefill, self._pools
         if size is None or not prefill.is_input_closed or prefill.num_waiting == self._num_waiting_last:
             return None
-        most_blocks = _MICRO_BATCHES_BEFORE * self._limits.max_num_batched_tokens // self._limits.block_size
+        most_blocks = MICRO_BATCHES_BEFORE * self._limits.max_num_batched_tokens // self._limits.block_size
         if prefill.waiting_blocks > most_blocks or not (prefill.num_waiting or prefill.has_chunks_left):
             return None
         self._num_waiting_last = prefill.num_waiting

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from seesaw_ds.model.attention.row_attention import RowAttention
 
 pytestmark = pytest.mark.gpu(1)
+HOPPER = pytest.mark.gpu(1, capability=(9, 0))  # what the kernel for decode rows is for
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 16, 2, 128, 16
 PLAIN = AttentionRule(scale=HEAD_DIM**-0.5)
@@ -160,12 +161,10 @@ def test_decode_attention_at_several_sizes(rule: AttentionRule) -> None:
 
 
 def own_rows(num_kv_heads: int, room: tuple[int, int] | None = None) -> RowAttention:
-    """Skips on devices that the kernel is not for; on the others it has to be used."""
+    """On the devices that the kernel is for it has to be used."""
     from seesaw_ds.model.attention.row_attention import RowAttention, can_attend_rows
 
     device = torch.device("cuda")
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        pytest.skip("the kernel for decode rows is for Hopper: compute capability 9.0")
     assert can_attend_rows(PLAIN, 1, HEAD_DIM, BLOCK, device), "no nvcc, or the kernel is refused where it belongs"
     return RowAttention(PLAIN, num_kv_heads, device, room)
 
@@ -187,6 +186,7 @@ ROWS = {
 }
 
 
+@HOPPER
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kv_lens", ROWS.values(), ids=ROWS.keys())
 @pytest.mark.parametrize(("num_kv_heads", "group_size"), [(1, 8), (8, 1), (2, 5), (3, 8)])
@@ -215,7 +215,7 @@ def test_rows_of_any_number_and_length(
         assert relative_error(out[row], expected.flatten(0, 1)) < 1e-2
 
 
-@pytest.mark.parametrize("is_own", [False, True])
+@pytest.mark.parametrize("is_own", [False, pytest.param(True, marks=HOPPER)])
 def test_a_captured_step_replays_with_a_new_plan(is_own: bool) -> None:
     from seesaw_ds.model.attention.flashinfer_backend import FlashInferDecode
     from seesaw_ds.worker.graphs import GraphExecutor, GraphPool
