@@ -226,11 +226,12 @@ class ReplicaLayers(Layers):
             return whole / self.shape.num_layers, typical_seconds(captured(attend), self.device)
         return typical_seconds(run, self.device) / self.shape.num_layers, typical_seconds(attend, self.device)
 
-    def _attend(self, attention: tuple[AttentionBackend, ...], num_tokens: int) -> Callable[[], torch.Tensor]:
+    def _attend(self, attention: tuple[AttentionBackend, ...], num_tokens: int) -> Callable[[], None]:
         """Attention as last planned."""
         size = (num_tokens, self.shape.num_heads, self.shape.head_dim)
         q = torch.randn(size, dtype=self.dtype, device=self.device)
-        return lambda: attention[0].forward(q, self.kv_caches[0])
+        out = torch.empty_like(q)
+        return lambda: attention[0].forward(q, self.kv_caches[0], out)
 
     @property
     def pads_decode(self) -> bool:

@@ -155,7 +155,7 @@ def loaded_milliseconds(run: Callable[[], object], device: torch.device, load_se
     return 1000 * (time.perf_counter() - begin) / repeats
 
 
-def captured(run: Callable[[], torch.Tensor]) -> Callable[[], None]:
+def captured(run: Callable[[], object]) -> Callable[[], None]:
     """`run` as a CUDA graph."""
     run()
     torch.cuda.synchronize()

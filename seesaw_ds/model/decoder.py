@@ -7,6 +7,7 @@ M hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -52,6 +53,22 @@ class FeedForward(nn.Module):
         return out
 
 
+@dataclass(frozen=True)
+class StageStep:
+    """What the layers of a stage have in a step, beside hidden states.
+
+    places     for each of the shape's attention kinds
+    kv_caches  the layers' (blocks, 2, K, block size, D) views, in order
+    queries    (N, H, D), written by a layer for its attention
+    attended   (N, H, D), what attention makes of them; the next layer's takes its place
+    """
+
+    places: Sequence[TokenPlaces]
+    kv_caches: Sequence[torch.Tensor]
+    queries: torch.Tensor
+    attended: torch.Tensor
+
+
 class DecoderLayer(nn.Module):
     """Attention and FFN with their norms; matrices are bound to arena views after construction.
 
@@ -94,40 +111,31 @@ class DecoderLayer(nn.Module):
         self.after_ffn = _norm_after(shape, replicated.get(f"after_ffn.{layer}"), ops)
         self.qk_norm = _qk_norm(shape, layer, groups, replicated, ops, all_reduce)
 
-    def forward(
+    def to_attention(
         self,
         x_NM: torch.Tensor,
         residual_NM: torch.Tensor | None,
         places: TokenPlaces,
-        attention: AttentionBackend,
         kv_cache: torch.Tensor,
-        rows_R: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x, residual) to (x, residual): the hidden state is their sum, which the next norm takes as it reads them.
+        q_NHD: torch.Tensor,
+    ) -> torch.Tensor:
+        """Write the queries to `q_NHD`, keys and values to the cache, and return the residual.
 
-        Of the N tokens only `rows_R` go on after attention; None is all.
+        The hidden state is x + residual, which the norm takes as it reads them.
         """
         x_NM, residual_NM = self.before_attention(x_NM, residual_NM)
-        x_NM = self.after_attention(self._attend(x_NM, places, attention, kv_cache, rows_R))
-        if rows_R is not None:
-            residual_NM = residual_NM[rows_R]
-        x_NM, residual_NM = self.before_ffn(x_NM, residual_NM)
-        return self.after_ffn(self.ffn(x_NM)), residual_NM
-
-    def _attend(
-        self,
-        x_NM: torch.Tensor,
-        places: TokenPlaces,
-        attention: AttentionBackend,
-        kv_cache: torch.Tensor,
-        rows_R: torch.Tensor | None,
-    ) -> torch.Tensor:
         qkv, _ = self.qkv(x_NM)
         qkv = self.qk_norm(qkv.view(-1, *self._qkv_shape))
-        q_NHD = self._ops.rotate_and_store(qkv, places, kv_cache)
-        attended = attention.forward(q_NHD, kv_cache).flatten(1)
-        out, _ = self.o(attended if rows_R is None else attended[rows_R])
-        return out
+        self._ops.rotate_and_store(qkv, places, kv_cache, q_NHD)
+        return residual_NM
+
+    def from_attention(
+        self, attended_NHD: torch.Tensor, residual_NM: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What follows attention: (x, residual), whose sum is the hidden state."""
+        out_NM, _ = self.o(attended_NHD.flatten(1))
+        x_NM, residual_NM = self.before_ffn(self.after_attention(out_NM), residual_NM)
+        return self.after_ffn(self.ffn(x_NM)), residual_NM
 
 
 def _norm_before(shape: ModelShape, weight: torch.Tensor | None, ops: LayerOps) -> RMSNorm | AddResidual:
@@ -181,6 +189,7 @@ class DecoderStage(nn.Module):
             DecoderLayer(shape, i, groups, num_cells, replicated, ops, all_reduce, dtype) for i in layers.indices()
         )
         self._kinds = [shape.layer_kind(i) for i in layers.indices()]
+        self._heads = (shape.num_heads // groups.layout.tp, shape.head_dim)
         vocab_size = padded_vocab_size(shape.vocab_size, groups.layout.tp * num_cells)
         self.embedding: VocabEmbedding | None = None
         if groups.is_first_stage:
@@ -206,23 +215,57 @@ class DecoderStage(nn.Module):
         hidden_NM: torch.Tensor,
         places: Sequence[TokenPlaces],
         attention: Sequence[AttentionBackend],
-        kv_caches: list[torch.Tensor],
+        kv_caches: Sequence[torch.Tensor],
         rows_R: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the stage's layers; the hidden states (R, M) of the tokens `rows_R` of the batch, or (N, M) of all.
 
-        `places` and `attention` have one for each of the shape's attention kinds; `kv_caches` are the layers'
-        (blocks, 2, K, block size, D) views, in order. `rows_R` int64, at least one, is for the last stage only: its
-        last layer computes what follows attention for them alone. Keys and values are written for all tokens, and
-        all attend, for the attention of fewer would need a plan of its own.
+        `places` and `attention` have one for each of the shape's attention kinds; `kv_caches` as in `StageStep`.
+        `rows_R` int64, at least one, is for the last stage only: its last layer computes what follows attention for
+        them alone. Keys and values are written for all tokens, and all attend, for the attention of fewer would need a
+        plan of its own.
         """
+        step = StageStep(places, kv_caches, *self.attention_buffers(hidden_NM))
+        flow_NM = hidden_NM
+        for index in range(len(self.layers)):
+            flow_NM = self.to_attention(index, flow_NM, step)
+            self.attend(index, attention, step)
+        return self.finish(flow_NM, step, rows_R)
+
+    def _layer(self, index: int) -> DecoderLayer:
+        layer = self.layers[index]
+        assert isinstance(layer, DecoderLayer)
+        return layer
+
+    def attention_buffers(self, hidden_NM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for the queries of a step's tokens, and for what attention makes of them."""
+        shape = (hidden_NM.shape[0], *self._heads)
+        return hidden_NM.new_empty(shape), hidden_NM.new_empty(shape)
+
+    def to_attention(self, index: int, flow_NM: torch.Tensor, step: StageStep) -> torch.Tensor:
+        """Go on to the attention of layer `index` of the stage: from its start, or from the attention before.
+
+        `flow_NM` are the stage's hidden states or, past its first attention, the residual that this has returned.
+        It may be overwritten.
+        """
+        x_NM, residual_NM = flow_NM, None
+        if index:
+            x_NM, residual_NM = self._layer(index - 1).from_attention(step.attended, flow_NM)
+        places, kv_cache = step.places[self._kinds[index]], step.kv_caches[index]
+        return self._layer(index).to_attention(x_NM, residual_NM, places, kv_cache, step.queries)
+
+    def attend(self, index: int, attention: Sequence[AttentionBackend], step: StageStep) -> None:
+        """The attention of layer `index` of the stage."""
+        attention[self._kinds[index]].forward(step.queries, step.kv_caches[index], step.attended)
+
+    def finish(self, residual_NM: torch.Tensor, step: StageStep, rows_R: torch.Tensor | None) -> torch.Tensor:
+        """What follows the last attention; `rows_R` and the result as in `forward`."""
         assert rows_R is None or self.groups.is_last_stage, "the next stage needs all tokens"
-        x_NM: torch.Tensor = hidden_NM
-        residual_NM: torch.Tensor | None = None
-        for layer, kind, kv_cache in zip(self.layers, self._kinds, kv_caches, strict=True):
-            rows = rows_R if layer is self.layers[-1] else None
-            x_NM, residual_NM = layer(x_NM, residual_NM, places[kind], attention[kind], kv_cache, rows)
-        return x_NM if residual_NM is None else x_NM + residual_NM
+        attended_NHD = step.attended
+        if rows_R is not None:
+            attended_NHD, residual_NM = attended_NHD[rows_R], residual_NM[rows_R]
+        x_NM, residual_NM = self._layer(-1).from_attention(attended_NHD, residual_NM)
+        return x_NM + residual_NM
 
     def linear_weights(self) -> list[torch.Tensor]:
         """Those of the layers' dense products and of the LM head, all (out, in)."""

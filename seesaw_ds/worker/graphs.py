@@ -48,10 +48,23 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 
 
 class GraphPool:
-    """The memory of graphs that never run at once, whatever their executors. The first captured makes it."""
+    """The memory of graphs that never run at once, whatever they are of. The first captured makes it."""
 
     def __init__(self) -> None:
-        self.handle: Any = None
+        self._handle: Any = None
+
+    def capture(self, body: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        """The kernels of ``body()``, which has run before: they are compiled and loaded on first use, which a capture
+        does not allow.
+
+        What the body makes is overwritten by graphs that are captured later, unless somebody keeps it meanwhile.
+        """
+        graph = torch.cuda.CUDAGraph()
+        # The copy engines' threads go on calling CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._handle, capture_error_mode="thread_local"):
+            body()
+        self._handle = graph.pool()
+        return graph
 
 
 class GraphExecutor:
@@ -81,16 +94,12 @@ class GraphExecutor:
         return self._result[:size]
 
     def _capture(self, size: int, body: Body) -> torch.cuda.CUDAGraph:
-        # Once without capturing: kernels are compiled and loaded on first use, which a capture does not allow.
-        # The step's results are written twice, the same values to the same places.
+        # Once without capturing, as `GraphPool.capture` wants it. The step's results are written twice, the same values
+        # to the same places.
         result = body(size)
         if self._result is None:
             self._result = result.new_empty((self.sizes[-1], *result.shape[1:]))
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # The copy engines' threads go on calling CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool.handle, capture_error_mode="thread_local"):
-            self._result[:size].copy_(body(size))
-        self._pool.handle = graph.pool()
+        target = self._result[:size]
+        graph = self._pool.capture(lambda: target.copy_(body(size)))
         self._after_capture()
         return graph

@@ -30,7 +30,7 @@ _FRAGMENT_BYTES = 128 << 20
 class StepBytes:
     """What steps take beyond what is always there, as measured: a prefill micro-batch, and a decode step.
 
-    Both count: captured decode steps keep their memory, which `num_graphs` of them share.
+    Graphs of either keep their memory, which `num_graphs` of them share; micro-batches without a graph need theirs too.
     """
 
     micro_batch: int
@@ -62,7 +62,7 @@ def measure_kv_blocks(
         "weights": weight_bytes,
         "workspaces": torch.cuda.memory_allocated() - weight_bytes,
         "activations": max(steps.micro_batch, sampling_bytes(most_rows, shape.vocab_size)),
-        "decode graphs": steps.decode_step + logits_bytes + steps.num_graphs * _GRAPH_BYTES,
+        "graphs": max(steps.micro_batch, steps.decode_step + logits_bytes) + steps.num_graphs * _GRAPH_BYTES,
         "fragments": _FRAGMENT_BYTES,
         "CUDA, NCCL": total - free - torch.cuda.memory_reserved(),
     }
@@ -97,7 +97,7 @@ def log_memory_in_use(run: RunConfig, free_before_graphs: int) -> None:
     free, total = torch.cuda.mem_get_info()
     if dist.get_rank() == 0:
         logger.info(
-            "device memory in use: %.2f GiB, of %.2f to use; decode graphs took %.2f",
+            "device memory in use: %.2f GiB, of %.2f to use; graphs took %.2f",
             (total - free) / GIB,
             total * run.gpu_memory_utilization / GIB,
             (free_before_graphs - free) / GIB,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -11,18 +12,22 @@ from seesaw_ds.engine.messages import Prefill
 from seesaw_ds.kv.device_pool import DeviceKVPool
 from seesaw_ds.model.attention.interface import AttentionBackend, AttentionBatch
 from seesaw_ds.model.decoder import DecoderStage
-from seesaw_ds.model.ops.interface import TokenPlaces
 from seesaw_ds.model.rope import ModelRotation
 from seesaw_ds.model.sampling_output import SampledTokens
 from seesaw_ds.parallel.device import to_device
 from seesaw_ds.parallel.links import PipelineLink
 from seesaw_ds.requests import SequenceRequest
 from seesaw_ds.sched.output import PrefillChunk
+from seesaw_ds.worker.graphs import GraphPool
+from seesaw_ds.worker.segments import SegmentGraphs
 from seesaw_ds.worker.slots import DecodingSlots, StepSlots, TokenFeedback
 
 
 class PrefillRunner:
-    """Runs micro-batches in the prefill layout. Tokens stand in this order: decode rows, then the chunks'."""
+    """Runs micro-batches in the prefill layout. Tokens stand in this order: decode rows, then the chunks'.
+
+    Those of as many tokens as `graphs` are for, once captured, run as these; the rest kernel by kernel.
+    """
 
     def __init__(
         self,
@@ -32,6 +37,7 @@ class PrefillRunner:
         attention: tuple[AttentionBackend, ...],
         slots: DecodingSlots,
         feedback: TokenFeedback,
+        graphs: SegmentGraphs | None,
         device: torch.device,
     ) -> None:
         self._stage = stage
@@ -40,6 +46,8 @@ class PrefillRunner:
         self._attention = attention
         self._slots = slots
         self._feedback = feedback
+        self._graphs = graphs
+        self._graph_tokens = 0
         self._device = device
         self._block_size = 0
         self._kv_caches: list[torch.Tensor] = []
@@ -53,6 +61,12 @@ class PrefillRunner:
         """Let go of the pool."""
         self._kv_caches = []
 
+    def capture(self, pool: GraphPool, after_capture: Callable[[], None]) -> None:
+        """Capture the graphs, if any, over the KV pool in use. Collective over the stage's ranks."""
+        if self._graphs is not None:
+            self._graphs.capture(self._kv_caches, pool, after_capture)
+            self._graph_tokens = self._graphs.num_tokens
+
     def run(self, command: Prefill, requests: dict[int, SequenceRequest]) -> SampledTokens | None:
         """Compute a micro-batch; on the last stage return its tokens, else None.
 
@@ -62,13 +76,13 @@ class PrefillRunner:
         chunks = command.chunks
         slots = None if command.rows is None else self._slots.step(command.rows)
         prompts = [requests[chunk.seq_id].prompt_token_ids for chunk in chunks]
-        places, num_tokens = self._plan(chunks, prompts, slots)
+        places = self._plan(chunks, prompts, slots)
         if groups.is_first_stage:
             hidden = self._stage.embed(self._token_ids(chunks, prompts, slots))
         else:
-            hidden = self._link.recv_hidden(num_tokens)
+            hidden = self._link.recv_hidden(places.shape[1])
         rows = self._rows_to_sample(chunks, slots) if groups.is_last_stage else None
-        hidden = self._stage(hidden, places, self._attention, self._kv_caches, rows)
+        hidden = self._run_layers(hidden, places, rows)
         sampled = None
         if groups.is_last_stage:
             sampled = self._sample(chunks, hidden, requests, slots)
@@ -80,10 +94,15 @@ class PrefillRunner:
             self._slots.advance(slots)
         return sampled
 
+    def _run_layers(self, hidden: torch.Tensor, places: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        if self._graphs is not None and hidden.shape[0] == self._graph_tokens:
+            return self._graphs.run(hidden, places, self._attention, rows)
+        return self._stage(hidden, self._rotary.places(*places.unbind()), self._attention, self._kv_caches, rows)
+
     def _plan(
         self, chunks: tuple[PrefillChunk, ...], prompts: list[tuple[int, ...]], slots: StepSlots | None
-    ) -> tuple[tuple[TokenPlaces, ...], int]:
-        """Plan the micro-batch's attention; where its tokens stand, and how many they are."""
+    ) -> torch.Tensor:
+        """Plan the micro-batch's attention; where its N tokens stand, (4, N) as `ModelRotation.places` takes them."""
         num_rows = 0 if slots is None else len(slots)
         query_lens = np.ones(num_rows + len(chunks), dtype=np.int32)
         query_lens[num_rows:] = [chunk.num_tokens for chunk in chunks]
@@ -113,8 +132,7 @@ class PrefillRunner:
         positions = np.arange(len(rows)) - (first - starts)[rows]
         blocks = tables[rows, positions // self._block_size]
         places = np.stack((positions, lengths[rows], blocks, positions % self._block_size)).astype(np.int64)
-        positions_, lengths_, write_blocks, write_offsets = to_device(places, self._device).unbind()
-        return self._rotary.places(positions_, lengths_, write_blocks, write_offsets), len(rows)
+        return to_device(places, self._device)
 
     def _token_ids(
         self, chunks: tuple[PrefillChunk, ...], prompts: list[tuple[int, ...]], slots: StepSlots | None

@@ -35,6 +35,7 @@ from seesaw_ds.worker.engine import Engine, StartUpTimer
 from seesaw_ds.worker.graphs import EagerExecutor, GraphExecutor, GraphPool, StepExecutor, graph_sizes
 from seesaw_ds.worker.memory import StepBytes, check_kv_blocks, log_memory_in_use, measure_kv_blocks, peak_bytes
 from seesaw_ds.worker.prefill import PrefillRunner
+from seesaw_ds.worker.segments import SegmentGraphs
 from seesaw_ds.worker.slots import DecodingSlots
 from seesaw_ds.worker.warmup import warm_up_blocks, warm_up_prefill
 from seesaw_ds.worker.weights import load_weights
@@ -182,8 +183,16 @@ class _EngineBuilder:
             self._backends.make_attention(Phase.PREFILL, self._layouts.prefill.tp, self._scratch),
             self._slots,
             self._feedback[Phase.PREFILL],
+            self._segment_graphs(),
             self._device,
         )
+
+    def _segment_graphs(self) -> SegmentGraphs | None:
+        """For micro-batches that are full, as most are."""
+        if not self._backends.has_graphs:
+            return None
+        stage, num_tokens = self._stages[Phase.PREFILL], self._run.max_num_batched_tokens
+        return SegmentGraphs(stage, self._rotary, self._shape.hidden_size, num_tokens, self._dtype, self._device)
 
     def tune_products(self) -> None:
         """For the decode steps that will be captured. Before memory is measured, for this takes a workspace."""
@@ -208,7 +217,8 @@ class _EngineBuilder:
         self._step_bytes = StepBytes(
             micro_batch=peak_bytes(self._warm_up_prefill),
             decode_step=peak_bytes(lambda: self._warm_up_decode(pools)),
-            num_graphs=sum(len(graph_sizes(self._most_rows(phase))) for phase in self._attentions),
+            # The segments of a micro-batch are a step together.
+            num_graphs=1 + sum(len(graph_sizes(self._most_rows(phase))) for phase in self._attentions),
         )
         self._prefill.detach()
 
@@ -244,14 +254,16 @@ class _EngineBuilder:
             for phase in self._attentions
         }
         if devices.is_cuda(self._device):
-            self._capture()
+            self._capture(graph_pool)
         if self._layouts.is_static:
             self._decode[Phase.PREFILL] = self._decode[Phase.DECODE]
 
-    def _capture(self) -> None:
+    def _capture(self, graph_pool: GraphPool) -> None:
         """Capture every graph. The weights stay as they are in prefill: what these steps compute nobody reads."""
         free, _ = torch.cuda.mem_get_info()
         with torch.inference_mode():
+            # Those that need more memory first: the others find room in it.
+            self._prefill.capture(graph_pool, self._all_reduces[Phase.PREFILL].after_capture)
             for phase in self._attentions:
                 self._state.activate(phase)
                 self._decode[phase].warm_up()

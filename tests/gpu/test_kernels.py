@@ -10,7 +10,7 @@ import torch
 
 from seesaw_ds.kv.device_pool import DeviceKVPool, block_numel
 from seesaw_ds.layout import Range, Shard
-from seesaw_ds.model.attention.interface import AttentionBatch, AttentionRule
+from seesaw_ds.model.attention.interface import AttentionBackend, AttentionBatch, AttentionRule
 from seesaw_ds.model.attention.torch_backend import TorchAttention
 from seesaw_ds.model.families.family import Activation
 from seesaw_ds.model.ops.interface import TokenPlaces
@@ -95,8 +95,9 @@ def test_rotate_and_store_in_a_strided_cache() -> None:
     pool = random(num_blocks, KV_HEADS, 3, 2, BLOCK, HEAD_DIM)
     expected_pool = pool.float()
     kv_cache, expected_cache = (layers[:, :, 1].transpose(1, 2) for layers in (pool, expected_pool))
-    expected = TorchOps().rotate_and_store(qkv.float(), places, expected_cache)
-    queries = CudaOps().rotate_and_store(qkv, places, kv_cache)
+    queries, expected = random(num_tokens, HEADS, HEAD_DIM), torch.empty(num_tokens, HEADS, HEAD_DIM, device="cuda")
+    TorchOps().rotate_and_store(qkv.float(), places, expected_cache, expected)
+    CudaOps().rotate_and_store(qkv, places, kv_cache, queries)
     assert relative_error(queries, expected) < 5e-3
     assert relative_error(pool, expected_pool) < 5e-3
     for other in (0, 2):
@@ -116,6 +117,12 @@ def workspace() -> torch.Tensor:
     return torch.empty(workspace_bytes(8, HEADS, HEAD_DIM), dtype=torch.uint8, device="cuda")
 
 
+def attended(backend: AttentionBackend, queries: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+    out = torch.full_like(queries, torch.nan)
+    backend.forward(queries, kv_cache, out)
+    return out
+
+
 def attention_error(
     backend, query_lens: list[int], kv_lens: list[int], rule: AttentionRule = PLAIN, num_rows: int = 0
 ) -> float:
@@ -126,7 +133,7 @@ def attention_error(
     reference = TorchAttention(rule, BLOCK, torch.device("cuda"))
     reference.plan(batch)
     backend.plan(batch)
-    return relative_error(backend.forward(queries, kv_cache), reference.forward(queries.float(), kv_cache.float()))
+    return relative_error(attended(backend, queries, kv_cache), attended(reference, queries.float(), kv_cache.float()))
 
 
 def layer_of_a_pool(num_blocks: int) -> torch.Tensor:
@@ -204,8 +211,8 @@ def test_rows_of_any_number_and_length(
     queries = torch.randn((len(lens), num_kv_heads * group_size, HEAD_DIM), device="cuda").to(dtype)
     backend = own_rows(num_kv_heads)
     backend.plan(AttentionBatch(np.ones_like(lens), lens, tables, len(lens)))
-    out = backend.forward(queries, kv_cache)
-    assert torch.equal(out, backend.forward(queries, kv_cache))
+    out = attended(backend, queries, kv_cache)
+    assert torch.equal(out, attended(backend, queries, kv_cache))
 
     for row in range(0, len(lens), max(1, len(lens) // 16)):
         blocks = torch.from_numpy(tables[row, : num_pages[row]]).to("cuda").long()
@@ -233,9 +240,9 @@ def test_a_captured_step_replays_with_a_new_plan(is_own: bool) -> None:
     for kv_lens in ([900, 3, 250, 31], [17, 1000, 1, 500]):
         batch = make_batch([1] * 4, kv_lens, 600)
         backend.plan(batch)
-        out = executor.run(4, lambda size: backend.forward(queries[:size], kv_cache))
+        out = executor.run(4, lambda size: attended(backend, queries[:size], kv_cache))
         reference.plan(batch)
-        assert relative_error(out, reference.forward(queries.float(), kv_cache.float())) < 1e-2
+        assert relative_error(out, attended(reference, queries.float(), kv_cache.float())) < 1e-2
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)

@@ -107,8 +107,8 @@ class _FlashInferRows:
     def plan(self, batch: AttentionBatch) -> None:
         _plan_rows(self._wrapper, self._fence, batch, self._heads, self._block_size, self._device, self._settings)
 
-    def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor, out_NHD: torch.Tensor) -> torch.Tensor:
-        return self._wrapper.run(q_NHD, kv_cache, out=out_NHD)
+    def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor, out_NHD: torch.Tensor) -> None:
+        self._wrapper.run(q_NHD, kv_cache, out=out_NHD)
 
 
 class FlashInferPrefill:
@@ -166,14 +166,11 @@ class FlashInferPrefill:
             )
             self._fence.record()
 
-    def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
-        if not self._num_rows:
-            return self._chunks.run(q_NHD, kv_cache)
-        out_NHD = torch.empty_like(q_NHD)
-        self._rows.forward(q_NHD[: self._num_rows], kv_cache, out_NHD[: self._num_rows])
+    def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor, out_NHD: torch.Tensor) -> None:
+        if self._num_rows:
+            self._rows.forward(q_NHD[: self._num_rows], kv_cache, out_NHD[: self._num_rows])
         if self._has_chunks:
             self._chunks.run(q_NHD[self._num_rows :], kv_cache, out=out_NHD[self._num_rows :])
-        return out_NHD
 
 
 class FlashInferDecode:
@@ -209,9 +206,9 @@ class FlashInferDecode:
         self._wrapper, fence = self._of_size(len(batch.kv_lens))
         _plan_rows(self._wrapper, fence, batch, self._heads, self._block_size, self._device, self._settings)
 
-    def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+    def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor, out_NHD: torch.Tensor) -> None:
         assert self._wrapper is not None, "plan() comes before forward()"
-        return self._wrapper.run(q_NHD, kv_cache)
+        self._wrapper.run(q_NHD, kv_cache, out=out_NHD)
 
     def _of_size(self, num_seqs: int) -> tuple[BatchDecodeWithPagedKVCacheWrapper, _PlanFence]:
         if num_seqs not in self._wrappers:

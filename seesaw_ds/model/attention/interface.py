@@ -48,8 +48,8 @@ class AttentionBackend(Protocol):
     def plan(self, batch: AttentionBatch) -> None:
         """Prepare for a step; called once before the layers of that step run."""
 
-    def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
-        """Causal attention of one layer, for the planned step, (N, H, D).
+    def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor, out_NHD: torch.Tensor) -> None:
+        """Causal attention of one layer, for the planned step: (N, H, D) to `out_NHD`, both contiguous.
 
         `kv_cache` is the layer's (blocks, 2, K, S, D) view, K and V in the second dim.
         """

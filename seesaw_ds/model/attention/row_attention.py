@@ -124,11 +124,8 @@ class RowAttention:
             self._buffer[: len(packed)].copy_(packed)
             self._plan = self._buffer
 
-    def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor, out_NHD: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor, out_NHD: torch.Tensor) -> None:
         assert self._plan is not None, "plan() comes before forward()"
-        if out_NHD is None:
-            out_NHD = torch.empty_like(q_NHD)
         _module().attend_rows(
             q_NHD, kv_cache, out_NHD, self._plan, self._partials, self._counters, self._room_for_rows, self._scale
         )
-        return out_NHD

@@ -29,9 +29,11 @@ class TorchAttention:
         last_visible = torch.from_numpy(batch.kv_lens).to(self._device)[:, None, None, None] - 1
         self._mask = self._visible(width * self._block_size, last_visible)
 
-    def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
-        is_decode = len(self._query_lens) == q_NHD.shape[0]
-        return self._decode(q_NHD, kv_cache) if is_decode else self._prefill(q_NHD, kv_cache)
+    def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor, out_NHD: torch.Tensor) -> None:
+        if len(self._query_lens) == q_NHD.shape[0]:
+            out_NHD.copy_(self._decode(q_NHD, kv_cache))
+        else:
+            self._prefill(q_NHD, kv_cache, out_NHD)
 
     def _decode(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
         """All sequences at once."""
@@ -39,9 +41,8 @@ class TorchAttention:
         kv = blocks.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)  # (2, B, K, tokens, D)
         return self._attend(q_NHD[:, :, None], kv[0], kv[1], self._mask)[:, :, 0]
 
-    def _prefill(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+    def _prefill(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor, out_NHD: torch.Tensor) -> None:
         """One sequence at a time; a chunk that is not a prompt's first attends to the chunks before it."""
-        out = torch.empty_like(q_NHD)
         first = 0
         for row, (query_len, kv_len) in enumerate(zip(self._query_lens, self._kv_lens, strict=True)):
             num_blocks = -(-kv_len // self._block_size)
@@ -53,9 +54,8 @@ class TorchAttention:
                 last_visible = torch.arange(kv_len - query_len, kv_len, device=q.device)[:, None]
                 mask = self._visible(kv_len, last_visible)
             attended = self._attend(q, kv[:, 0], kv[:, 1], mask)
-            out[first : first + query_len] = attended[0].transpose(0, 1)
+            out_NHD[first : first + query_len] = attended[0].transpose(0, 1)
             first += query_len
-        return out
 
     def _visible(self, num_tokens: int, last_visible: torch.Tensor) -> torch.Tensor:
         """Which of a sequence's tokens each query sees: (..., num_tokens) of `last_visible` (..., 1)."""

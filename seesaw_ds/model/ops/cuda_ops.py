@@ -66,12 +66,11 @@ class CudaOps:
         )
         return qkv
 
-    def rotate_and_store(self, qkv: torch.Tensor, places: TokenPlaces, kv_cache: torch.Tensor) -> torch.Tensor:
+    def rotate_and_store(
+        self, qkv: torch.Tensor, places: TokenPlaces, kv_cache: torch.Tensor, q_NHD: torch.Tensor
+    ) -> None:
         num_tokens, num_kv_heads, group_size, head_dim = qkv.shape
         queries_per_kv_head = group_size - 2
-        q_NHD = torch.empty(
-            (num_tokens, num_kv_heads * queries_per_kv_head, head_dim), dtype=qkv.dtype, device=qkv.device
-        )
         _rotate_and_store[(num_tokens, num_kv_heads)](
             qkv,
             q_NHD,
@@ -91,7 +90,6 @@ class CudaOps:
             HALF=head_dim // 2,
             num_warps=4,
         )
-        return q_NHD
 
 
 @triton.jit(do_not_specialize=["num_kv_heads"])

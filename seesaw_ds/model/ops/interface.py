@@ -55,8 +55,10 @@ class LayerOps(Protocol):
     ) -> torch.Tensor:
         """RMS norm of each query and each key of (N, K, G + 2, D), which may be overwritten; weights are (D,)."""
 
-    def rotate_and_store(self, qkv: torch.Tensor, places: TokenPlaces, kv_cache: torch.Tensor) -> torch.Tensor:
-        """Rotate queries and keys of (N, K, G + 2, D), write keys and values to the cache; the queries (N, K * G, D).
+    def rotate_and_store(
+        self, qkv: torch.Tensor, places: TokenPlaces, kv_cache: torch.Tensor, q_NHD: torch.Tensor
+    ) -> None:
+        """Rotate queries and keys of (N, K, G + 2, D); write keys and values to the cache, the queries to `q_NHD`.
 
-        `kv_cache` is one layer's (blocks, 2, K, S, D) view.
+        `kv_cache` is one layer's (blocks, 2, K, S, D) view, `q_NHD` contiguous (N, K * G, D).
         """

@@ -50,11 +50,12 @@ class TorchOps:
         queries, keys, values = qkv.split((qkv.shape[2] - 2, 1, 1), dim=2)
         return torch.cat((self.rms_norm(queries, query_weight, eps), self.rms_norm(keys, key_weight, eps), values), 2)
 
-    def rotate_and_store(self, qkv: torch.Tensor, places: TokenPlaces, kv_cache: torch.Tensor) -> torch.Tensor:
-        queries_per_kv_head = qkv.shape[2] - 2
-        q_NHD = qkv[:, :, :queries_per_kv_head].flatten(1, 2)
+    def rotate_and_store(
+        self, qkv: torch.Tensor, places: TokenPlaces, kv_cache: torch.Tensor, q_NHD: torch.Tensor
+    ) -> None:
+        queries = qkv[:, :, :-2].flatten(1, 2)
         kv_cache[places.write_blocks, 0, :, places.write_offsets] = RotaryTables.apply(
             qkv[:, :, -2], places.cos, places.sin
         )
         kv_cache[places.write_blocks, 1, :, places.write_offsets] = qkv[:, :, -1]
-        return RotaryTables.apply(q_NHD, places.cos, places.sin)
+        q_NHD.copy_(RotaryTables.apply(queries, places.cos, places.sin))
