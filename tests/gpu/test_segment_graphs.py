@@ -29,7 +29,6 @@ MICRO_BATCHES = [
 @pytest.mark.parametrize(
     "architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM", "Olmo2ForCausalLM", "MixtralForCausalLM"]
 )
-@torch.inference_mode()
 def test_graphs_compute_what_the_stage_does(tmp_path: Path, architecture: str, rows: list[int] | None) -> None:
     device, dtype = torch.device("cuda"), torch.bfloat16
     make_family(tmp_path, architecture, head_dim=128, hidden_size=256, intermediate_size=512)
@@ -48,7 +47,8 @@ def test_graphs_compute_what_the_stage_does(tmp_path: Path, architecture: str, r
     )
     untouched = pool.clone()
     graphs = SegmentGraphs(stage, rotary, shape.hidden_size, NUM_TOKENS, dtype, device)
-    graphs.capture(kv_caches, GraphPool(), lambda: None)
+    with torch.inference_mode():
+        graphs.capture(kv_caches, GraphPool(), lambda: None)
     pool.copy_(untouched)
 
     index = None if rows is None else torch.tensor(rows, device=device)
@@ -58,8 +58,9 @@ def test_graphs_compute_what_the_stage_does(tmp_path: Path, architecture: str, r
         hidden = torch.randn((NUM_TOKENS, shape.hidden_size), device=device).to(dtype)
         for backend in attention:
             backend.plan(batch)
-        expected = stage(hidden.clone(), rotary.places(*places.unbind()), attention, expected_caches, index)
-        result = graphs.run(hidden, places, attention, index)
+        with torch.inference_mode():
+            expected = stage(hidden.clone(), rotary.places(*places.unbind()), attention, expected_caches, index)
+            result = graphs.run(hidden, places, attention, index)
         difference = (result - expected).float().norm() / expected.float().norm()
         print(f"{architecture}: relative difference {difference:.1e}")
         assert expected.float().std() > 0.1
