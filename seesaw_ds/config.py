@@ -22,6 +22,7 @@ from seesaw_ds.shapes import ModelShape
 LOAD_FORMATS = ("auto", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO_LAYOUTS = "auto"
+AUTO_MAX_NUM_SEQS = 1024
 WEIGHT_RESHARDS = ("exchange", "host")
 
 
@@ -37,7 +38,8 @@ class RunConfig:
                             two layouts, what the choice between them goes by while the run decodes; None: no choice
     weight_reshard          "exchange": between devices, in place; "host": from one copy in host memory
     max_model_len           longest prompt plus output
-    max_num_seqs            most sequences decoding at once, in each replica
+    max_num_seqs            most sequences decoding at once, in each replica; "auto" may take fewer. Where a file or
+                            command line does not set it, "auto" takes up to AUTO_MAX_NUM_SEQS
     max_num_batched_tokens  most tokens in a prefill micro-batch, decode rows that ride in it included
     mixed_steps             sequences go on decoding during a prefill phase, as rows of its micro-batches
     gpu_memory_utilization  share of device memory for weights, KV and activations
@@ -102,6 +104,8 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
             )
     checked = {key: _typed(key, value, hints[key]) for key, value in values.items()}
     run = RunConfig(**checked)
+    if run.has_auto_layouts and "max_num_seqs" not in values:
+        run = dataclasses.replace(run, max_num_seqs=AUTO_MAX_NUM_SEQS)
     _check_values(run)
     return run
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from seesaw_ds.config import RunConfig
+from seesaw_ds.config import AUTO_MAX_NUM_SEQS, RunConfig
 from seesaw_ds.engine.hardware import PROFILES, find_hardware
 from seesaw_ds.errors import UserError, exit_with
 from seesaw_ds.plan.hardware import HardwareProfile
@@ -58,7 +58,12 @@ def parse_arguments() -> argparse.Namespace:
     work.add_argument("--input", type=Path, help="OpenAI batch file; needs --model for its tokenizer")
     parser.add_argument("--requests", type=int, default=500, help="requests of the workload")
     parser.add_argument("--kv-offloading-size", type=float, required=True, help="host KV pool in GiB, over all devices")
-    parser.add_argument("--max-num-seqs", type=int, default=256, help="most sequences decoding at once, in a replica")
+    parser.add_argument(
+        "--max-num-seqs",
+        type=int,
+        default=AUTO_MAX_NUM_SEQS,
+        help="most sequences decoding at once, in a replica; fewer where that is faster",
+    )
     parser.add_argument(
         "--no-mixed-steps", action="store_true", help="plan without decode rows in prefill micro-batches"
     )

@@ -27,8 +27,9 @@ NUM_LOSERS_NAMED = 5
 def choose_layouts(run: RunConfig, world_size: int, node_size: int, overwrite: bool) -> RunConfig:
     """`run` with the layouts that are predicted to finish its input first, and says which and why on the log.
 
-    `world_size` ranks, `node_size` of them on a node, have been launched. Weights' way of moving and micro-batch
-    tokens (at most those set) come with the layouts. Raises UserError, with what would be needed, when nothing fits.
+    `world_size` ranks, `node_size` of them on a node, have been launched. Weights' way of moving, micro-batch tokens
+    and sequences at once (at most those set) come with the layouts. Raises UserError, with what would be needed, when
+    nothing fits.
     """
     start = time.monotonic()
     shape = model_shape(read_hf_config(run.model))
@@ -68,9 +69,12 @@ def _explain(plan: Plan, hardware: HardwareProfile, seconds: float) -> None:
     if plan.rejected:
         others.append(f"{len(plan.rejected)} do not fit, such as {plan.rejected[0].layouts}: {plan.rejected[0].reason}")
     logger.info(
-        "layouts=auto: %s, predicted %.1f s for %d sequences: prefill %.1f, decode %.1f at a mean batch of %.0f, "
+        "layouts=auto: %s, max_num_batched_tokens=%d, max_num_seqs=%d, predicted %.1f s for %d sequences: "
+        "prefill %.1f, decode %.1f at a mean batch of %.0f, "
         "%d transitions %.1f (%splanned in %.1f s for hardware %s)",
         best.candidate.run.layouts,
+        best.candidate.run.max_num_batched_tokens,
+        best.candidate.run.max_num_seqs,
         best.seconds,
         best.num_requests,
         best.prefill_seconds,

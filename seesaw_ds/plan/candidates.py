@@ -20,6 +20,9 @@ from seesaw_ds.shapes import DTYPE_BYTES, ModelShape
 MICRO_BATCH_TOKENS = (256, 512, 1024, 2048, 4096, 8192)
 """Micro-batch sizes that are tried; attention backends and all-reduces gain nothing from larger ones."""
 
+NUM_SEQS = (256, 512, 1024)
+"""Most sequences at once that are tried, beside the most that the run allows and its input has."""
+
 MOST_DEVICES_A_NODE = 16
 """How far to look for a number of devices that would do."""
 
@@ -154,6 +157,12 @@ def find_candidates(
     return candidates, rejected
 
 
+def num_seqs_to_try(run: RunConfig, num_requests: int, dp: int) -> list[int]:
+    """Most sequences at once in a replica, the largest first: none more than the run allows, or than there are."""
+    most = min(run.max_num_seqs, -(-num_requests // dp))
+    return [most, *(num_seqs for num_seqs in reversed(NUM_SEQS) if num_seqs < most)]
+
+
 def _sized(
     run: RunConfig,
     shape: ModelShape,
@@ -162,16 +171,42 @@ def _sized(
     totals: InputTotals,
     constraints: Constraints,
 ) -> Iterator[Candidate | str]:
-    """A candidate for each micro-batch size of the pair, or why there is none."""
+    """For each micro-batch size a candidate, with as many sequences at once as fit, or why there is none."""
     for num_tokens in constraints.micro_batch_tokens:
-        settings = _settings(run, pair, num_tokens)
-        try:
-            candidate = make_candidate(settings, shape, hardware, totals)
-        except UserError as error:
-            yield str(error)
-            continue
-        reason = _lacks_host_memory(settings, shape, candidate.pools, constraints.host_bytes)
-        yield _balanced(candidate, shape, hardware, totals) if reason is None else reason
+        for num_seqs in num_seqs_to_try(run, totals.num_requests, pair.dp):
+            settings = replace(_settings(run, pair, num_tokens), max_num_seqs=num_seqs)
+            sized = _candidate_or_reason(settings, shape, hardware, totals, constraints)
+            if isinstance(sized, Candidate):
+                break
+        yield sized
+
+
+def with_fewer_seqs(
+    candidate: Candidate,
+    shape: ModelShape,
+    hardware: HardwareProfile,
+    totals: InputTotals,
+    constraints: Constraints = _NO_CONSTRAINTS,
+) -> list[Candidate]:
+    """The candidate's pair with the next smaller number of sequences at once, in all sizes; none when there is none."""
+    pair = candidate.pair.with_equal_stages
+    fewer = num_seqs_to_try(candidate.run, totals.num_requests, pair.dp)[1:]
+    if not fewer:
+        return []
+    settings = replace(candidate.run, max_num_seqs=fewer[0])
+    sized = _sized(settings, shape, hardware, pair, totals, constraints)
+    return [item for item in sized if isinstance(item, Candidate)]
+
+
+def _candidate_or_reason(
+    run: RunConfig, shape: ModelShape, hardware: HardwareProfile, totals: InputTotals, constraints: Constraints
+) -> Candidate | str:
+    try:
+        candidate = make_candidate(run, shape, hardware, totals)
+    except UserError as error:
+        return str(error)
+    reason = _lacks_host_memory(run, shape, candidate.pools, constraints.host_bytes)
+    return _balanced(candidate, shape, hardware, totals) if reason is None else reason
 
 
 def make_candidate(run: RunConfig, shape: ModelShape, hardware: HardwareProfile, totals: InputTotals) -> Candidate:

@@ -3,7 +3,8 @@
 Pairs are simulated with one micro-batch size each, in the order of their closed form, which is optimistic. Once the
 next one's is above the best simulated time, no later one can win, and the search ends (branch and bound); it also ends
 after a fixed number of pairs, so that equal inputs always give equal plans. Pairs that are not far behind then try
-smaller and larger micro-batches, as long as that helps. All this is simulated coarsely. The few fastest settings are
+smaller and larger micro-batches, as long as that helps; the best pair then fewer sequences at once, as long as that
+helps, for so far all had as many as may be. All this is simulated coarsely. The few fastest settings are
 simulated in detail, and the best of them with its layers split in another way too, where the closed form knows one.
 
 Coarse simulations count in bundles of several sequences and in units of several tokens (`seesaw_ds.plan.simulator`).
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -23,7 +24,15 @@ from seesaw_ds.config import RunConfig, dtype_name
 from seesaw_ds.errors import UserError
 from seesaw_ds.layout import LayoutPair
 from seesaw_ds.plan.bounds import InputTotals, bound_seconds
-from seesaw_ds.plan.candidates import LEAST_GAIN, Candidate, Constraints, Rejected, find_candidates, what_would_fit
+from seesaw_ds.plan.candidates import (
+    LEAST_GAIN,
+    Candidate,
+    Constraints,
+    Rejected,
+    find_candidates,
+    what_would_fit,
+    with_fewer_seqs,
+)
 from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.outcome import SimulatedRun, TookTooLong
 from seesaw_ds.plan.simulator import Simulator
@@ -32,7 +41,7 @@ from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.shapes import ModelShape
 
-MAX_PAIRS = 16
+MAX_PAIRS = 12
 """Pairs that are simulated."""
 FIRST_TOKENS = {True: 512, False: 1024}
 """The micro-batch size that is simulated first, with mixed steps and without."""
@@ -65,7 +74,7 @@ class Effort(NamedTuple):
 
 RANKING = Effort(33_000, 3000)
 """About an eighth of a second on one core."""
-FINAL = Effort(600_000, 3000)
+FINAL = Effort(400_000, 3000)
 """Of the finalists: about a second."""
 
 
@@ -169,7 +178,11 @@ def make_plan(
     def judge(candidate: Candidate, stop_after: float = math.inf) -> Simulated:
         return simulate(candidate, shape, hardware, totals, lengths, FINAL, stop_after)
 
+    def fewer_seqs(candidate: Candidate) -> list[Candidate]:
+        return with_fewer_seqs(candidate, shape, hardware, totals, limits)
+
     ranked, pruned = _search(candidates, rank)
+    ranked = _with_fewer_seqs(ranked, fewer_seqs, rank)
     best = _best_in_detail(ranked, judge)
     ranking = [best, *_one_of_each_pair(ranked, best)]
     static = None
@@ -202,9 +215,33 @@ def _search(candidates: list[Candidate], rank: Simulate) -> tuple[list[Simulated
         if done.seconds <= (1 + _TUNED_WITHIN) * first[0].seconds:
             best = min(each.seconds for each in ranked)
             ranked += _other_sizes(done, by_pair[done.candidate.pair.with_equal_stages], best, rank)
-    # A pair that decodes in its prefill layout to the end runs as that layout alone does, which is then preferred.
-    ranked.sort(key=lambda done: (done.seconds, not done.candidate.pair.is_static))
-    return ranked, pruned
+    return _fastest_first(ranked), pruned
+
+
+def _fastest_first(ranked: list[Simulated]) -> list[Simulated]:
+    """A pair that decodes in its prefill layout to the end runs as that layout alone does, which is then preferred."""
+    return sorted(ranked, key=lambda done: (done.seconds, not done.candidate.pair.is_static))
+
+
+def _with_fewer_seqs(
+    ranked: list[Simulated], fewer_seqs: Callable[[Candidate], list[Candidate]], rank: Simulate
+) -> list[Simulated]:
+    """`ranked`, fastest first, with the pair of the first one at fewer and fewer sequences at once while that helps."""
+    best = ranked[0]
+    while sizes := fewer_seqs(best.candidate):
+        tokens = best.candidate.run.max_num_batched_tokens
+        same = min(sizes, key=lambda size: abs(size.run.max_num_batched_tokens - tokens))
+        try:
+            done = rank(same, (1 + _TUNED_WITHIN) * best.seconds)
+        except TookTooLong:
+            break
+        tried = [done, *_other_sizes(done, sizes, best.seconds, rank)]
+        ranked = _fastest_first([*ranked, *tried])
+        fastest = min(tried, key=lambda each: each.seconds)
+        if fastest.seconds >= best.seconds:
+            break
+        best = fastest
+    return ranked
 
 
 def _other_sizes(first: Simulated, sizes: list[Candidate], least: float, rank: Simulate) -> list[Simulated]:

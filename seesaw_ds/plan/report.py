@@ -44,6 +44,7 @@ def _simulated_json(simulated: Simulated) -> dict[str, Any]:
         "mean_decode_batch": simulated.simulated.mean_decode_batch,
         "riding_share": simulated.simulated.riding_share,
         "max_num_batched_tokens": run.max_num_batched_tokens,
+        "max_num_seqs": run.max_num_seqs,
         "mixed_steps": run.mixed_steps,
         "weight_reshard": run.weight_reshard,
         "memory_gib": _memory_gib(simulated.candidate),
@@ -60,6 +61,7 @@ def _static_json(static: StaticPlan) -> dict[str, Any]:
         "requests_per_second": static.simulated.requests_per_second,
         "policy": static.policy.value,
         "max_num_batched_tokens": static.max_num_batched_tokens,
+        "max_num_seqs": static.max_num_seqs,
         "mean_decode_batch": static.simulated.mean_decode_batch,
         "preemptions": static.simulated.num_evictions,
         "virtual_engines": static.kind.has_virtual_engines,
@@ -114,7 +116,7 @@ def _all_layouts(plan: Plan) -> list[str]:
 def _why(simulated: Simulated, best: Simulated) -> str:
     if simulated is best:
         run = simulated.candidate.run
-        return f"best; max_num_batched_tokens={run.max_num_batched_tokens}"
+        return f"best; max_num_batched_tokens={run.max_num_batched_tokens}, max_num_seqs={run.max_num_seqs}"
     losses = {
         "prefill": simulated.prefill_seconds - best.prefill_seconds,
         "decode": simulated.decode_seconds - best.decode_seconds,
@@ -154,5 +156,6 @@ def _static_line(plan: Plan) -> str:
     engine = "static engine with virtual engines" if static.kind.has_virtual_engines else "static engine"
     return (
         f"best {engine}: {static.layout}, {static.policy.value}, {static.max_num_batched_tokens} tokens a step, "
+        f"{static.max_num_seqs} sequences at most, "
         f"{static.simulated.requests_per_second:.3f} requests/s; speed-up over it {plan.speedup:.2f}"
     )

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from seesaw_ds.config import RunConfig, dtype_name
 from seesaw_ds.layout import LayoutPair, ParallelLayout
-from seesaw_ds.plan.candidates import broken_rule, layout_pairs
+from seesaw_ds.plan.candidates import NUM_SEQS, broken_rule, layout_pairs
 from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.outcome import SimulatedRun, TookTooLong
 from seesaw_ds.plan.static_engine import BatchPolicy, HostWork, StaticEngineLimits, run_static_engine
@@ -47,6 +47,7 @@ class StaticPlan:
     layout: ParallelLayout
     policy: BatchPolicy
     max_num_batched_tokens: int
+    max_num_seqs: int
     simulated: SimulatedRun
 
 
@@ -81,21 +82,26 @@ def best_static_plan(
     lengths: Sequence[RequestLength],
     kind: StaticEngineKind = CURRENT_ENGINE,
 ) -> StaticPlan | None:
-    """The fastest of `layouts` with any policy and step size; None when none fits.
+    """The fastest of `layouts` with any policy, step size and number of sequences at once; None when none fits.
 
-    All layouts are simulated in chunks of the middle size; the few fastest then with every other setting.
+    All layouts are simulated in chunks of the middle size; the few fastest then with every other setting. So far with
+    the fewest sequences at once; the best setting then with more, while that helps.
     """
 
-    def simulate(layout: ParallelLayout, policy: BatchPolicy, step_tokens: int, stop_after: float) -> StaticPlan | None:
+    def simulate(
+        layout: ParallelLayout, policy: BatchPolicy, step_tokens: int, num_seqs: int, stop_after: float
+    ) -> StaticPlan | None:
+        settings = replace(run, max_num_seqs=num_seqs)
         try:
-            return _simulate(run, shape, hardware, layout, policy, step_tokens, lengths, kind, stop_after)
+            return _simulate(settings, shape, hardware, layout, policy, step_tokens, lengths, kind, stop_after)
         except TookTooLong:
             return None
 
+    fewest, *more = sorted({min(num_seqs, run.max_num_seqs) for num_seqs in NUM_SEQS})
     first: list[StaticPlan] = []
     for layout in layouts:
         last = first[_NUM_FINALISTS - 1].simulated.seconds if len(first) >= _NUM_FINALISTS else math.inf
-        if plan := simulate(layout, *_FIRST_TRY, stop_after=last):
+        if plan := simulate(layout, *_FIRST_TRY, fewest, stop_after=last):
             first.append(plan)
             first.sort(key=lambda plan: plan.simulated.seconds)
     settings = [(BatchPolicy.CHUNKED, tokens) for tokens in CHUNK_TOKENS]
@@ -105,7 +111,13 @@ def best_static_plan(
     for finalist in first[:_NUM_FINALISTS]:
         for policy, tokens in settings:
             assert best is not None
-            best = simulate(finalist.layout, policy, tokens, best.simulated.seconds) or best
+            best = simulate(finalist.layout, policy, tokens, fewest, best.simulated.seconds) or best
+    for num_seqs in more if best is not None else ():
+        assert best is not None
+        faster = simulate(best.layout, best.policy, best.max_num_batched_tokens, num_seqs, best.simulated.seconds)
+        if faster is None:
+            break
+        best = faster
     return best
 
 
@@ -128,4 +140,4 @@ def _simulate(
         return None
     dtype = dtype_name(run, shape)
     simulated = run_static_engine(shape, hardware, layout, limits, policy, lengths, dtype, kind.host, stop_after)
-    return StaticPlan(kind, layout, policy, step_tokens, simulated)
+    return StaticPlan(kind, layout, policy, step_tokens, run.max_num_seqs, simulated)

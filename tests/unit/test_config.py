@@ -37,6 +37,14 @@ def test_settings_have_defaults_and_keep_what_is_given():
         run.seed = 1
 
 
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [({}, 256), ({"layouts": "auto"}, 1024), ({"layouts": "auto", "max_num_seqs": 300}, 300), ({"max_num_seqs": 7}, 7)],
+)
+def test_auto_layouts_may_take_more_sequences_unless_told_otherwise(changes, most):
+    assert parse_config(VALUES | changes).max_num_seqs == most
+
+
 def test_whole_numbers_are_taken_where_fractions_are_asked_for():
     run = parse_config(VALUES | {"kv_offloading_size": 2, "gpu_memory_utilization": 1})
     assert (run.kv_offloading_size, run.gpu_memory_utilization) == (2.0, 1.0)

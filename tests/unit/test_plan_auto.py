@@ -185,7 +185,9 @@ def test_the_choice_is_made_and_explained(
     assert chosen.layouts == "D2"
     assert chosen.max_num_batched_tokens <= 512
     first, second = (record.getMessage() for record in caplog.records if "layouts=auto" in record.getMessage())
-    assert "layouts=auto: D2, predicted" in first
+    tokens, num_seqs = chosen.max_num_batched_tokens, chosen.max_num_seqs
+    assert f"layouts=auto: D2, max_num_batched_tokens={tokens}, max_num_seqs={num_seqs}, predicted" in first
+    assert num_seqs == 20
     assert "for 40 sequences: prefill" in first
     assert "hardware cpu" in first
     assert "P2->T2" in second

@@ -23,6 +23,8 @@ from seesaw_ds.plan.candidates import (
     find_candidates,
     layout_pairs,
     make_candidate,
+    num_seqs_to_try,
+    with_fewer_seqs,
 )
 from seesaw_ds.plan.outcome import TookTooLong
 from seesaw_ds.plan.planner import (
@@ -32,6 +34,7 @@ from seesaw_ds.plan.planner import (
     _best_in_detail,
     _most_bundled,
     _search,
+    _with_fewer_seqs,
     make_plan,
     simulate,
     thinned,
@@ -135,6 +138,88 @@ def test_the_fastest_in_detail_wins_and_equal_runs_are_examined_once():
     best = _best_in_detail(ranked, in_seconds(fine, calls))
     assert best.candidate.run.layouts == "P8->T4P2"
     assert [layouts for layouts, _ in calls] == ["P8", "P8->T4P2", "T2P4->T8"]
+
+
+@pytest.mark.parametrize(
+    ("most", "num_requests", "dp", "numbers"),
+    [
+        (1024, 5000, 1, [1024, 512, 256]),
+        (1024, 801, 2, [401, 256]),
+        (800, 5000, 1, [800, 512, 256]),
+        (256, 5000, 1, [256]),
+        (100, 5000, 4, [100]),
+        (1024, 3, 2, [2]),
+    ],
+)
+def test_numbers_of_sequences_are_those_allowed_and_there(most, num_requests, dp, numbers):
+    assert num_seqs_to_try(replace(RUN, max_num_seqs=most), num_requests, dp) == numbers
+
+
+SHAREGPT = workload_lengths("sharegpt", 2000)
+MANY_SEQS = run_config("auto", SHAREGPT, 640.0, max_num_seqs=1024)
+
+
+@pytest.mark.parametrize(("vocab_size", "numbers"), [(32_000, {1024}), (128_000, {1024, 512}), (512_000, {256})])
+def test_candidates_have_as_many_sequences_as_fit(vocab_size, numbers):
+    """An A10 has no room for the logits of many sequences with a large vocabulary beside an eighth of the model."""
+    model = replace(MODEL, vocab_size=vocab_size)
+    candidates, _ = find_candidates(MANY_SEQS, model, A10, 8, 8, InputTotals.of(SHAREGPT))
+    assert {each.run.max_num_seqs for each in candidates} == numbers
+
+
+@pytest.mark.parametrize(
+    ("seconds_of", "best", "tried"),
+    [
+        (
+            {(1024, 512): 1000.0, (512, 512): 990.0, (512, 256): 980.0, (512, 1024): 970.0, (256, 256): 990.0},
+            (512, 256),
+            256,
+        ),
+        ({(1024, 512): 1000.0, (512, 512): 1040.0, (512, 256): 1030.0}, (1024, 512), 512),
+        ({(1024, 512): 1000.0, (512, 512): 950.0, (256, 512): 900.0}, (256, 512), 256),
+        ({(1024, 512): 1000.0, (512, 512): 1200.0, (256, 512): 500.0}, (1024, 512), 512),
+    ],
+    ids=["another size", "no better", "ever fewer", "far behind"],
+)
+def test_fewer_sequences_at_once_are_tried_while_that_helps(seconds_of, best, tried):
+    totals = InputTotals.of(SHAREGPT)
+    candidates, _ = find_candidates(MANY_SEQS, MODEL, A10, 8, 8, totals)
+    first = next(each for each in candidates if str(each.pair) == "P8->T4P2" and each.run.max_num_batched_tokens == 512)
+    asked: list[int] = []
+
+    def rank(each: Candidate, stop_after: float = math.inf) -> Simulated:
+        run = each.run
+        assert str(each.pair.with_equal_stages) == "P8->T4P2"
+        asked.append(run.max_num_seqs)
+        seconds = seconds_of.get((run.max_num_seqs, run.max_num_batched_tokens), 1100.0)
+        if seconds >= stop_after:
+            raise TookTooLong
+        return Simulated(each, simulated=None, seconds=seconds, num_requests=2000)
+
+    def fewer(each: Candidate) -> list[Candidate]:
+        return with_fewer_seqs(each, MODEL, A10, totals)
+
+    # Every closed form is below these seconds, so all sizes may be tried.
+    ranked = _with_fewer_seqs([Simulated(first, None, 1000.0, 2000)], fewer, rank)
+    run = ranked[0].candidate.run
+    assert (run.max_num_seqs, run.max_num_batched_tokens) == best
+    assert min(asked) == tried
+    assert [done.seconds for done in ranked] == sorted(done.seconds for done in ranked)
+
+
+def test_more_sequences_at_once_are_taken_where_that_is_faster():
+    lengths = workload_lengths("sharegpt", 800)
+    few, many = (
+        make_plan(run_config("auto", lengths, 24.0, max_num_seqs=most), MODEL, hardware("h200-nvlink"), 2, lengths)
+        for most in (256, 1024)
+    )
+    assert few.best.candidate.run.max_num_seqs == few.best_static.max_num_seqs == 256
+    assert many.best.candidate.run.max_num_seqs == 800
+    assert many.best.requests_per_second > 1.05 * few.best.requests_per_second
+    assert many.best_static.max_num_seqs > 256
+    assert many.best_static.simulated.seconds <= few.best_static.simulated.seconds
+    assert f"max_num_seqs={800}" in plan_table(many)
+    assert plan_json(many)["best_static"]["max_num_seqs"] == many.best_static.max_num_seqs
 
 
 @pytest.mark.parametrize("workload", ["arxiv:500", "sharegpt:600"])
