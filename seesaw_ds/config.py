@@ -22,7 +22,8 @@ from seesaw_ds.shapes import ModelShape
 LOAD_FORMATS = ("auto", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO_LAYOUTS = "auto"
-AUTO_MAX_NUM_SEQS = 1024
+AUTO_MOST = {"max_num_seqs": 1024, "max_num_batched_tokens": 8192}
+"""How many "auto" may take of what a file or command line does not set."""
 WEIGHT_RESHARDS = ("exchange", "host")
 
 
@@ -38,9 +39,9 @@ class RunConfig:
                             two layouts, what the choice between them goes by while the run decodes; None: no choice
     weight_reshard          "exchange": between devices, in place; "host": from one copy in host memory
     max_model_len           longest prompt plus output
-    max_num_seqs            most sequences decoding at once, in each replica; "auto" may take fewer. Where a file or
-                            command line does not set it, "auto" takes up to AUTO_MAX_NUM_SEQS
-    max_num_batched_tokens  most tokens in a prefill micro-batch, decode rows that ride in it included
+    max_num_seqs            most sequences decoding at once, in each replica; "auto" may take fewer
+    max_num_batched_tokens  most tokens in a prefill micro-batch, decode rows that ride in it included; "auto" may take
+                            fewer
     mixed_steps             sequences go on decoding during a prefill phase, as rows of its micro-batches
     gpu_memory_utilization  share of device memory for weights, KV and activations
     kv_block_size           tokens in a KV block
@@ -102,10 +103,9 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
             raise UserError(
                 f"{field.name}: missing; every run needs it, in the config file or as --set {field.name}=..."
             )
-    checked = {key: _typed(key, value, hints[key]) for key, value in values.items()}
+    defaults = AUTO_MOST if values.get("layouts") == AUTO_LAYOUTS else {}
+    checked = {key: _typed(key, value, hints[key]) for key, value in {**defaults, **values}.items()}
     run = RunConfig(**checked)
-    if run.has_auto_layouts and "max_num_seqs" not in values:
-        run = dataclasses.replace(run, max_num_seqs=AUTO_MAX_NUM_SEQS)
     _check_values(run)
     return run
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm
 
-from seesaw_ds.config import AUTO_MAX_NUM_SEQS, RunConfig
+from seesaw_ds.config import AUTO_MOST, RunConfig
 from seesaw_ds.engine.hardware import PROFILES, find_hardware
 from seesaw_ds.errors import UserError, exit_with
 from seesaw_ds.plan.hardware import HardwareProfile
@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--max-num-seqs",
         type=int,
-        default=AUTO_MAX_NUM_SEQS,
+        default=AUTO_MOST["max_num_seqs"],
         help="most sequences decoding at once, in a replica; fewer where that is faster",
     )
     parser.add_argument(

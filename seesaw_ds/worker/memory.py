@@ -28,12 +28,14 @@ _FRAGMENT_BYTES = 128 << 20
 
 @dataclass(frozen=True)
 class StepBytes:
-    """What steps take beyond what is always there, as measured: a prefill micro-batch, and a decode step.
+    """What steps take beyond what is always there, as measured: a prefill micro-batch, the segments of one that are
+    graphs, and a decode step.
 
-    Graphs of either keep their memory, which `num_graphs` of them share; micro-batches without a graph need theirs too.
+    Graphs keep their memory, which `num_graphs` of them share; micro-batches that are not full need theirs besides.
     """
 
     micro_batch: int
+    segments: int
     decode_step: int
     num_graphs: int
 
@@ -62,7 +64,7 @@ def measure_kv_blocks(
         "weights": weight_bytes,
         "workspaces": torch.cuda.memory_allocated() - weight_bytes,
         "activations": max(steps.micro_batch, sampling_bytes(most_rows, shape.vocab_size)),
-        "graphs": max(steps.micro_batch, steps.decode_step + logits_bytes) + steps.num_graphs * _GRAPH_BYTES,
+        "graphs": max(steps.segments, steps.decode_step + logits_bytes) + steps.num_graphs * _GRAPH_BYTES,
         "fragments": _FRAGMENT_BYTES,
         "CUDA, NCCL": total - free - torch.cuda.memory_reserved(),
     }

@@ -52,6 +52,11 @@ class PrefillRunner:
         self._block_size = 0
         self._kv_caches: list[torch.Tensor] = []
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether there is something to capture."""
+        return self._graphs is not None
+
     def attach(self, pool: DeviceKVPool) -> None:
         """Use `pool` from now on."""
         self._block_size = pool.block_size

@@ -15,6 +15,9 @@ from seesaw_ds.model.decoder import DecoderStage, StageStep
 from seesaw_ds.model.rope import ModelRotation
 from seesaw_ds.worker.graphs import GraphPool
 
+MOST_TOKENS = 2048
+"""Larger micro-batches keep the device busy for longer than the host, and would need the memory twice."""
+
 
 class SegmentGraphs:
     """A stage, for micro-batches of `num_tokens` tokens: a graph for each segment that ends at a layer's attention.

@@ -35,7 +35,7 @@ from seesaw_ds.worker.engine import Engine, StartUpTimer
 from seesaw_ds.worker.graphs import EagerExecutor, GraphExecutor, GraphPool, StepExecutor, graph_sizes
 from seesaw_ds.worker.memory import StepBytes, check_kv_blocks, log_memory_in_use, measure_kv_blocks, peak_bytes
 from seesaw_ds.worker.prefill import PrefillRunner
-from seesaw_ds.worker.segments import SegmentGraphs
+from seesaw_ds.worker.segments import MOST_TOKENS, SegmentGraphs
 from seesaw_ds.worker.slots import DecodingSlots
 from seesaw_ds.worker.warmup import warm_up_blocks, warm_up_prefill
 from seesaw_ds.worker.weights import load_weights
@@ -189,9 +189,9 @@ class _EngineBuilder:
 
     def _segment_graphs(self) -> SegmentGraphs | None:
         """For micro-batches that are full, as most are."""
-        if not self._backends.has_graphs:
-            return None
         stage, num_tokens = self._stages[Phase.PREFILL], self._run.max_num_batched_tokens
+        if not self._backends.has_graphs or num_tokens > MOST_TOKENS:
+            return None
         return SegmentGraphs(stage, self._rotary, self._shape.hidden_size, num_tokens, self._dtype, self._device)
 
     def tune_products(self) -> None:
@@ -214,11 +214,14 @@ class _EngineBuilder:
             return
         pools = self._pools(self._allocate_kv(warm_up_blocks(self._run, self._longest)))
         self._prefill.attach(pools[Phase.PREFILL])
+        micro_batch = peak_bytes(self._warm_up_prefill)
+        has_segments = self._prefill.has_graphs
         self._step_bytes = StepBytes(
-            micro_batch=peak_bytes(self._warm_up_prefill),
+            micro_batch=micro_batch,
+            segments=micro_batch if has_segments else 0,
             decode_step=peak_bytes(lambda: self._warm_up_decode(pools)),
             # The segments of a micro-batch are a step together.
-            num_graphs=1 + sum(len(graph_sizes(self._most_rows(phase))) for phase in self._attentions),
+            num_graphs=has_segments + sum(len(graph_sizes(self._most_rows(phase))) for phase in self._attentions),
         )
         self._prefill.detach()
 

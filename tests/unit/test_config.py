@@ -39,10 +39,17 @@ def test_settings_have_defaults_and_keep_what_is_given():
 
 @pytest.mark.parametrize(
     ("changes", "most"),
-    [({}, 256), ({"layouts": "auto"}, 1024), ({"layouts": "auto", "max_num_seqs": 300}, 300), ({"max_num_seqs": 7}, 7)],
+    [
+        ({}, (256, 512)),
+        ({"layouts": "auto"}, (1024, 8192)),
+        ({"layouts": "auto", "max_num_seqs": 300}, (300, 8192)),
+        ({"layouts": "auto", "max_num_batched_tokens": 512}, (1024, 512)),
+        ({"max_num_seqs": 7}, (7, 512)),
+    ],
 )
-def test_auto_layouts_may_take_more_sequences_unless_told_otherwise(changes, most):
-    assert parse_config(VALUES | changes).max_num_seqs == most
+def test_auto_layouts_may_take_more_than_fixed_ones_do_unless_told_otherwise(changes, most):
+    run = parse_config(VALUES | changes)
+    assert (run.max_num_seqs, run.max_num_batched_tokens) == most
 
 
 def test_whole_numbers_are_taken_where_fractions_are_asked_for():
