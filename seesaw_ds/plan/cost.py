@@ -241,7 +241,7 @@ class CostModel:
         layer = self.layer_seconds(work)
         seconds = [num_layers * layer for num_layers in self.stage_layers]
         seconds[-1] += self.end_seconds(work)
-        return seconds
+        return [max(once, self.hardware.least_step_seconds) for once in seconds]
 
     def round_seconds(self, num_rows: int, num_context_tokens: float) -> float:
         """Until each of `num_rows` sequences has its next token, with nothing but decode steps in the pipeline.

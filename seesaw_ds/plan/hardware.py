@@ -40,7 +40,7 @@ class HardwareProfile:
     attention_efficiency       share of the peak FLOP/s that causal prefill attention reaches
     memory_efficiency          share of the peak bandwidth that weights and KV are read at
     layer_seconds              launches and gaps between kernels, per decoder layer and step
-    step_seconds               host work per step that no kernel hides: scheduling, sampling, commands
+    step_seconds               from a step's end until the next one of its rows can begin: host work that nothing hides
     all_reduce                 by number of devices: (bytes, seconds) points, rising; straight lines between them
     send_seconds               latency of one send between two devices
     send_bandwidth             bytes/s of one send
@@ -56,6 +56,8 @@ class HardwareProfile:
     pads_decode                1 when decode attention reads every row as if it were as long as the step's longest
     element_bandwidth          bytes/s of norms, activations and residual additions; else that of weights
     row_seconds                host work per sampled row, beside that per step; else nothing
+    least_step_seconds         the shortest that a step is in a stage, however little the device has to do: host work
+                               that is done while the device computes the step before; else nothing
     exchange_bandwidth         bytes/s each way of weights and KV that change places; else that of a send
     runtime_bytes              of a device's memory: what CUDA, NCCL and the engine's own buffers take; else nothing
     """
@@ -82,6 +84,7 @@ class HardwareProfile:
     pads_decode: float | None = None
     element_bandwidth: float | None = None
     row_seconds: float = 0.0
+    least_step_seconds: float = 0.0
     exchange_bandwidth: float | None = None
     runtime_bytes: int = 0
 

@@ -82,7 +82,7 @@ def test_the_hosts_work_is_what_decode_steps_of_the_engine_take_beyond_their_lay
     assert calibrate.host_seconds(figures, 2, tmp_path / "again")["step_seconds"] == pytest.approx(step_seconds)
 
 
-def test_on_gpus_the_hosts_work_is_by_the_step_and_one_run_tells(
+def test_on_gpus_a_step_is_as_short_as_one_of_the_tiny_model_can_be(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     runs = []
@@ -96,6 +96,9 @@ def test_on_gpus_the_hosts_work_is_by_the_step_and_one_run_tells(
     linear = {"bfloat16": FIGURES["linear"]["float32"]}
     figures = FIGURES | LINKS | {"attention_efficiency": 0.5, "linear": linear, "flops": {"bfloat16": 1e12}}
     found = calibrate.host_seconds(figures, 1, tmp_path)
-    assert list(found) == ["step_seconds"]
-    assert 0.4 < found["step_seconds"] < 0.5
+    assert found == {"step_seconds": calibrate._GPU_STEP_SECONDS, "least_step_seconds": 0.5}
     assert runs == [calibrate._MANY_REQUESTS]
+    profile = parse_hardware(profile_values(figures | found, "local", "measured here today"))
+    assert profile.least_step_seconds == 0.5
+    assert profile.sources["least_step_seconds"] == "measured here today"
+    assert profile.sources["step_seconds"].startswith("estimate")

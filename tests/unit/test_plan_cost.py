@@ -86,6 +86,17 @@ def test_measured_bandwidths_hold_for_what_they_were_measured_on():
     assert model.layer_seconds(work) == pytest.approx(attention + rest + model.element_bytes(1) / 2e9)
 
 
+def test_no_step_is_shorter_than_the_hosts_work_for_it():
+    work = StepWork(num_tokens=4, decode_context=2000, num_rows=4)
+    model = CostModel(MODEL, hardware("h200-nvlink"), ParallelLayout(pp=4), "bfloat16")
+    longest = max(model.stage_seconds(work))
+    floored = replace(model, hardware=replace(model.hardware, least_step_seconds=2 * longest))
+    assert floored.stage_seconds(work) == [2 * longest] * 4
+    assert floored.step_interval(work, 4) == pytest.approx(2 * longest, rel=0.1)
+    hidden = replace(model, hardware=replace(model.hardware, least_step_seconds=0.5 * min(model.stage_seconds(work))))
+    assert hidden.stage_seconds(work) == model.stage_seconds(work)
+
+
 def test_padded_attention_reads_every_row_to_the_longest():
     padded = CostModel(MODEL, replace(hardware("a10"), pads_decode=1.0), ParallelLayout(), "bfloat16")
     assert padded.decode_work([10, 500, 90]) == StepWork(num_tokens=3, decode_context=1500, num_rows=3)
