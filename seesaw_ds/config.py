@@ -22,8 +22,10 @@ from seesaw_ds.shapes import ModelShape
 LOAD_FORMATS = ("auto", "dummy")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO_LAYOUTS = "auto"
-AUTO_MOST = {"max_num_seqs": 1024, "max_num_batched_tokens": 8192}
-"""How many "auto" may take of what a file or command line does not set."""
+ALL_HOST_MEMORY = 1e9
+"""A `kv_offloading_size` in GiB that no machine has: the planner chooses the size, within what is free."""
+AUTO_MOST = {"max_num_seqs": 1024, "max_num_batched_tokens": 8192, "kv_offloading_size": ALL_HOST_MEMORY}
+"""How much "auto" may take of what a file or command line does not set."""
 WEIGHT_RESHARDS = ("exchange", "host")
 
 
@@ -45,7 +47,7 @@ class RunConfig:
     mixed_steps             sequences go on decoding during a prefill phase, as rows of its micro-batches
     gpu_memory_utilization  share of device memory for weights, KV and activations
     kv_block_size           tokens in a KV block
-    kv_offloading_size      host KV pool in GiB, over all ranks
+    kv_offloading_size      host KV pool in GiB, over all ranks; where it is not set "auto" chooses it
     num_gpu_kv_blocks       device KV pool in blocks; None: what device memory leaves
     num_host_kv_blocks      host KV pool in blocks, in each replica; None: from kv_offloading_size
     expected_output_tokens  mean length of outputs, as a first guess where max_tokens says little; None: max_tokens

@@ -9,11 +9,11 @@ from dataclasses import replace
 import psutil
 
 from seesaw_ds.checkpoint.cell_layout import check_cells, is_cells_folder
-from seesaw_ds.config import RunConfig
+from seesaw_ds.config import ALL_HOST_MEMORY, RunConfig, dtype_name
 from seesaw_ds.engine.hardware import device_name, find_hardware, is_cpu
 from seesaw_ds.engine.input_lengths import input_lengths
-from seesaw_ds.plan.candidates import MICRO_BATCH_TOKENS, Constraints
-from seesaw_ds.plan.hardware import HardwareProfile
+from seesaw_ds.plan.candidates import MICRO_BATCH_TOKENS, Constraints, least_host_gib
+from seesaw_ds.plan.hardware import GIB, HardwareProfile
 from seesaw_ds.plan.layout_choice import choice_text
 from seesaw_ds.plan.planner import Plan, make_plan
 from seesaw_ds.plan.workloads import RequestLength
@@ -23,13 +23,18 @@ logger = logging.getLogger(__name__)
 
 NUM_LOSERS_NAMED = 5
 
+# Of the free memory, at most this part is the host pool's where the settings leave its size open.
+_HOST_SHARE = 0.6
+# On two H200 0.35 s a GiB until its pages are there and locked, and 0.3 s until they are given back.
+_HOST_POOL_SECONDS = 0.65
+
 
 def choose_layouts(run: RunConfig, world_size: int, node_size: int, overwrite: bool) -> RunConfig:
     """`run` with the layouts that are predicted to finish its input first, and says which and why on the log.
 
-    `world_size` ranks, `node_size` of them on a node, have been launched. Weights' way of moving, micro-batch tokens
-    and sequences at once (at most those set) come with the layouts. Raises UserError, with what would be needed, when
-    nothing fits.
+    `world_size` ranks, `node_size` of them on a node, have been launched. With the layouts come weights' way of moving,
+    micro-batch tokens and sequences at once (at most those set), and the size of the host pool unless it is set. Raises
+    UserError, with what would be needed, when nothing fits.
     """
     start = time.monotonic()
     shape = model_shape(read_hf_config(run.model))
@@ -39,6 +44,9 @@ def choose_layouts(run: RunConfig, world_size: int, node_size: int, overwrite: b
     # Where every line is at fault any layout will do to say so.
     lengths = input_lengths(run, shape, overwrite) or [RequestLength(1, 1)]
     constraints = _constraints(run, shape)
+    if run.kv_offloading_size == ALL_HOST_MEMORY:
+        run = replace(run, kv_offloading_size=_largest_host_pool(run, shape, lengths, world_size))
+        constraints = replace(constraints, host_pool_seconds=_HOST_POOL_SECONDS)
     plan = make_plan(run, shape, hardware, world_size, lengths, node_size, with_static=False, constraints=constraints)
     _explain(plan, hardware, time.monotonic() - start)
     # The profile is named, so that the run goes on choosing by it.
@@ -51,6 +59,14 @@ def _constraints(run: RunConfig, shape: ModelShape) -> Constraints:
     if run.load_format == "auto" and is_cells_folder(run.model):
         folder_cells = check_cells(run.model, shape)
     return Constraints((*smaller, run.max_num_batched_tokens), psutil.virtual_memory().available, folder_cells)
+
+
+def _largest_host_pool(run: RunConfig, shape: ModelShape, lengths: list[RequestLength], world_size: int) -> float:
+    """GiB of host pool: a part of what is free, but no more than all sequences fill together; the longest has room."""
+    token_bytes = shape.kv_block_bytes(shape.num_layers, shape.num_kv_heads, 1, dtype_name(run, shape))
+    all_gib = sum(map(sum, lengths)) * token_bytes / GIB
+    free_gib = _HOST_SHARE * psutil.virtual_memory().available / GIB
+    return max(min(free_gib, all_gib), least_host_gib(run, shape, world_size))
 
 
 def _rank_share_of_memory(node_size: int) -> int:
@@ -69,12 +85,14 @@ def _explain(plan: Plan, hardware: HardwareProfile, seconds: float) -> None:
     if plan.rejected:
         others.append(f"{len(plan.rejected)} do not fit, such as {plan.rejected[0].layouts}: {plan.rejected[0].reason}")
     logger.info(
-        "layouts=auto: %s, max_num_batched_tokens=%d, max_num_seqs=%d, predicted %.1f s for %d sequences: "
+        "layouts=auto: %s, max_num_batched_tokens=%d, max_num_seqs=%d, kv_offloading_size=%.1f, "
+        "predicted %.1f s for %d sequences: "
         "prefill %.1f, decode %.1f at a mean batch of %.0f, "
         "%d transitions %.1f (%splanned in %.1f s for hardware %s)",
         best.candidate.run.layouts,
         best.candidate.run.max_num_batched_tokens,
         best.candidate.run.max_num_seqs,
+        best.candidate.run.kv_offloading_size,
         best.seconds,
         best.num_requests,
         best.prefill_seconds,

@@ -7,6 +7,7 @@ NCCL_P2P_DISABLE=1 says not to use it, the kernel goes through host memory (`hos
 
 from __future__ import annotations
 
+import sys
 from typing import Protocol
 
 import torch
@@ -26,6 +27,10 @@ class AllReduce(Protocol):
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum; `tensor` may be overwritten."""
 
+    @property
+    def most_kernel_bytes(self) -> int:
+        """Up to this size a tensor is summed by a kernel of ours, or need not be summed; NCCL sums larger ones."""
+
     def after_capture(self) -> None:
         """Called by every rank of the group after each CUDA graph capture that used it."""
 
@@ -41,6 +46,10 @@ class BackendAllReduce:
         if self._is_alone:
             return tensor
         return reduce_from_tensor_model_parallel_region(tensor, group=self._group)
+
+    @property
+    def most_kernel_bytes(self) -> int:
+        return sys.maxsize if self._is_alone else 0
 
     def after_capture(self) -> None:
         pass
@@ -76,6 +85,10 @@ class OneShotAllReduce:
         )
         self._comm.vllm_all_reduce(self._handle, tensor, result, buffer, buffer_bytes, 36)
         return result
+
+    @property
+    def most_kernel_bytes(self) -> int:
+        return ONE_SHOT_MAX_BYTES
 
     def after_capture(self) -> None:
         handle, offsets = self._comm.vllm_get_graph_buffer_ipc_meta(self._handle)

@@ -126,5 +126,9 @@ class HostStagedAllReduce:
         )
         return result
 
+    @property
+    def most_kernel_bytes(self) -> int:
+        return self._max_bytes
+
     def after_capture(self) -> None:
         pass

@@ -14,6 +14,7 @@ from seesaw_ds.plan.cost import CostModel
 from seesaw_ds.plan.hardware import GIB, HardwareProfile
 from seesaw_ds.plan.memory import PoolSizes, size_pools
 from seesaw_ds.plan.stages import StageTimes, unequal_splits
+from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.sched.output import SchedulerLimits
 from seesaw_ds.shapes import DTYPE_BYTES, ModelShape
 
@@ -64,11 +65,13 @@ class Constraints:
     micro_batch_tokens   sizes of prefill micro-batches to try
     host_bytes           free memory of a node, for the KV pools and copies of the weights; None: enough
     folder_cells         cells of a layer in a checkpoint of the cells format; None: any other format
+    host_pool_seconds    what a GiB of the host pool takes to provide and to give back; 0: the pool's size is given
     """
 
     micro_batch_tokens: tuple[int, ...] = MICRO_BATCH_TOKENS
     host_bytes: int | None = None
     folder_cells: int | None = None
+    host_pool_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +199,22 @@ def with_fewer_seqs(
     settings = replace(candidate.run, max_num_seqs=fewer[0])
     sized = _sized(settings, shape, hardware, pair, totals, constraints)
     return [item for item in sized if isinstance(item, Candidate)]
+
+
+def least_host_gib(run: RunConfig, shape: ModelShape, dp: int) -> float:
+    """GiB of host pools, over all replicas, in which each has room for one request of the longest length."""
+    block_bytes = shape.kv_block_bytes(shape.num_layers, shape.num_kv_heads, run.kv_block_size, dtype_name(run, shape))
+    longest = blocks_for(max_model_len(run, shape), run.kv_block_size)
+    return dp * (longest + 1) * block_bytes / GIB
+
+
+def with_host_pool(
+    candidate: Candidate, gib: float, shape: ModelShape, hardware: HardwareProfile, totals: InputTotals
+) -> Candidate:
+    """The candidate with a host pool of `gib`, or as much as the longest request needs."""
+    run = candidate.run
+    size = max(gib, least_host_gib(run, shape, candidate.pair.dp))
+    return make_candidate(replace(run, kv_offloading_size=size), shape, hardware, totals)
 
 
 def _candidate_or_reason(

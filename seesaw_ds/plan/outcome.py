@@ -17,7 +17,7 @@ class SimulatedRun:
     time the stages computed, over all replicas; `mean_decode_batch` counts the rows of a step that has any, averaged
     over steps; `riding_share` is how many of all decode rows were in a step with prompt tokens. `num_left_after_stay`:
     sequences decoded on in the prefill layout, when prefill stopped, until so many were left; 0: to the end; None: they
-    did not.
+    did not. `host_pool_share` is the most of a replica's host pool that was used at once.
     """
 
     num_requests: int
@@ -31,6 +31,7 @@ class SimulatedRun:
     mean_decode_batch: float
     riding_share: float
     num_left_after_stay: int | None = None
+    host_pool_share: float = 0.0
 
     @property
     def requests_per_second(self) -> float:

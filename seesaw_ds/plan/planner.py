@@ -2,10 +2,12 @@
 
 Pairs are simulated with one micro-batch size each, in the order of their closed form, which is optimistic. Once the
 next one's is above the best simulated time, no later one can win, and the search ends (branch and bound); it also ends
-after a fixed number of pairs, so that equal inputs always give equal plans. Pairs that are not far behind then try
+after a fixed number of pairs, so that equal inputs always give equal plans. The few fastest pairs then try
 smaller and larger micro-batches, as long as that helps; the best pair then fewer sequences at once, as long as that
 helps, for so far all had as many as may be. All this is simulated coarsely. The few fastest settings are
 simulated in detail, and the best of them with its layers split in another way too, where the closed form knows one.
+Where the host pool's size is to be chosen, all that has had as much as there is, and the best is given what it uses of
+that, or what pays for the time that providing it takes.
 
 Coarse simulations count in bundles of several sequences and in units of several tokens (`seesaw_ds.plan.simulator`).
 A very large input is thinned as well, and the seconds are scaled by the ratio of the closed forms of the whole and the
@@ -17,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from seesaw_ds.config import RunConfig, dtype_name
@@ -32,6 +34,7 @@ from seesaw_ds.plan.candidates import (
     find_candidates,
     what_would_fit,
     with_fewer_seqs,
+    with_host_pool,
 )
 from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.outcome import SimulatedRun, TookTooLong
@@ -41,17 +44,18 @@ from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.sched.blocks import blocks_for
 from seesaw_ds.shapes import ModelShape
 
-MAX_PAIRS = 12
+MAX_PAIRS = 8
 """Pairs that are simulated."""
 FIRST_TOKENS = {True: 512, False: 1024}
 """The micro-batch size that is simulated first, with mixed steps and without."""
 STATIC_TOKENS = 500_000
 """Output tokens of the yardstick's simulations, which take a time by steps, not by rows."""
 
-# Pairs this much slower than the best one at first try no other micro-batch size.
+# The fastest pairs at first try other micro-batch sizes: so many, if they are not this much slower than the best.
+_MAX_TUNED = 3
 _TUNED_WITHIN = 0.1
 # Settings that are simulated in detail: the fastest ones, if they are not this much slower than the first.
-_MAX_FINALISTS = 3
+_MAX_FINALISTS = 2
 _FINALISTS_WITHIN = 0.015
 # The coarsest simulations. Those of one effort differ little in it, so that what it does to them is much the same.
 _MOST_BUNDLED = 4
@@ -61,6 +65,10 @@ _LARGEST_UNIT = 8
 _LEAST_BUNDLES = 32
 _LEAST_GROUP = 4
 _LEAST_LONGEST_IN_POOL = 4
+# Where the host pool's size is to be chosen: room beside what was used, what the next smaller size is, and the least.
+_POOL_MARGIN = 1.25
+_POOL_STEP = 4
+_LEAST_POOL_GIB = 4.0
 # A simulation takes about as long for so many prompt tokens as for one decode row.
 _PROMPT_TOKENS_A_ROW = 16
 
@@ -183,7 +191,17 @@ def make_plan(
 
     ranked, pruned = _search(candidates, rank)
     ranked = _with_fewer_seqs(ranked, fewer_seqs, rank)
-    best = _best_in_detail(ranked, judge)
+
+    def total(done: Simulated) -> float:
+        return done.seconds + (limits.host_pool_seconds * _needed_pool(done) if limits.host_pool_seconds else 0.0)
+
+    best = _best_in_detail(ranked, judge, total)
+    if limits.host_pool_seconds and run.num_host_kv_blocks is None:
+
+        def resized(candidate: Candidate, gib: float) -> Candidate:
+            return with_host_pool(candidate, gib, shape, hardware, totals)
+
+        best = _with_smaller_pool(best, resized, rank, judge, limits.host_pool_seconds)
     ranking = [best, *_one_of_each_pair(ranked, best)]
     static = None
     if with_static:
@@ -211,7 +229,7 @@ def _search(candidates: list[Candidate], rank: Simulate) -> tuple[list[Simulated
             first.append(rank(min(sizes, key=lambda size: abs(size.run.max_num_batched_tokens - tokens))))
     first.sort(key=lambda done: done.seconds)
     ranked = list(first)
-    for done in first:
+    for done in first[:_MAX_TUNED]:
         if done.seconds <= (1 + _TUNED_WITHIN) * first[0].seconds:
             best = min(each.seconds for each in ranked)
             ranked += _other_sizes(done, by_pair[done.candidate.pair.with_equal_stages], best, rank)
@@ -270,23 +288,55 @@ def _other_sizes(first: Simulated, sizes: list[Candidate], least: float, rank: S
     return tried
 
 
-def _best_in_detail(ranked: list[Simulated], judge: Simulate) -> Simulated:
-    """The fastest of the first few of `ranked`, once they are simulated in detail."""
-    first, *others = _finalists(ranked)
+def _best_in_detail(ranked: list[Simulated], judge: Simulate, total: Callable[[Simulated], float]) -> Simulated:
+    """Of the first few of `ranked` the one with the least `total` seconds, once they are simulated in detail."""
+    first, *others = _finalists(ranked, total)
     best = judge(first)
     for candidate in others:
         with contextlib.suppress(TookTooLong):
-            best = judge(candidate, best.seconds)
+            best = min(best, judge(candidate, (1 + _FINALISTS_WITHIN) * best.seconds), key=total)
     return _best_split(best, judge)
 
 
-def _finalists(ranked: list[Simulated]) -> list[Candidate]:
-    """The first few that are not far behind; of those that ran alike the first one stands for all."""
-    by_seconds: dict[float, Candidate] = {}
+def _needed_pool(done: Simulated) -> float:
+    """GiB of host pool: what was used at once, with some room beside."""
+    gib = done.candidate.run.kv_offloading_size
+    return min(gib, max(_LEAST_POOL_GIB, _POOL_MARGIN * done.simulated.host_pool_share * gib))
+
+
+def _with_smaller_pool(
+    best: Simulated,
+    resized: Callable[[Candidate, float], Candidate],
+    rank: Simulate,
+    judge: Simulate,
+    seconds_per_gib: float,
+) -> Simulated:
+    """`best` with as large a host pool as is used, or as pays for the seconds that providing it takes."""
+    gib, needed = best.candidate.run.kv_offloading_size, _needed_pool(best)
+    if needed < gib:
+        return replace(best, candidate=resized(best.candidate, needed))
+    if gib / _POOL_STEP < _LEAST_POOL_GIB:
+        return best
+    chosen, seconds = best.candidate, rank(best.candidate).seconds
+    while gib / _POOL_STEP >= _LEAST_POOL_GIB:
+        smaller = resized(chosen, gib / _POOL_STEP)
+        saved = seconds_per_gib * (gib - smaller.run.kv_offloading_size)
+        try:
+            seconds = rank(smaller, seconds + saved).seconds
+        except TookTooLong:
+            break
+        chosen, gib = smaller, smaller.run.kv_offloading_size
+    return best if chosen is best.candidate else judge(chosen)
+
+
+def _finalists(ranked: list[Simulated], total: Callable[[Simulated], float]) -> list[Candidate]:
+    """The fastest, and of those not far behind the few with the least `total`; of those that ran alike the first."""
+    by_seconds: dict[float, Simulated] = {}
     for done in ranked:
         if done.seconds <= (1 + _FINALISTS_WITHIN) * ranked[0].seconds:
-            by_seconds.setdefault(done.seconds, done.candidate)
-    return list(by_seconds.values())[:_MAX_FINALISTS]
+            by_seconds.setdefault(done.seconds, done)
+    fastest, *others = by_seconds.values()
+    return [done.candidate for done in (fastest, *sorted(others, key=total)[: _MAX_FINALISTS - 1])]
 
 
 def _one_of_each_pair(ranked: list[Simulated], best: Simulated) -> list[Simulated]:

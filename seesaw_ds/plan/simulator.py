@@ -122,6 +122,11 @@ class _Replica:
         self.end = now
         return now
 
+    @property
+    def host_pool_share(self) -> float:
+        """The most of the host pool that was used at once."""
+        return self.scheduler.most_host_blocks_used / self.scheduler.limits.num_host_blocks
+
     def close(self) -> None:
         """Count the last seconds."""
         self._count_seconds(self._phase, self.end)
@@ -369,4 +374,5 @@ class Simulator:
             busy_share=sum(replica.busy_seconds for replica in self._replicas) / (last.end * len(self._replicas)),
             mean_decode_batch=num_rows / num_steps if num_steps else 0.0,
             riding_share=sum(replica.num_riding_rows for replica in self._replicas) / num_rows if num_rows else 0.0,
+            host_pool_share=max(replica.host_pool_share for replica in self._replicas),
         )

@@ -13,12 +13,14 @@ def blocks_for(num_tokens: int, block_size: int) -> int:
 class BlockPool:
     """Block ids ``0 .. num_blocks``, each free or used; taking or returning one is O(1).
 
-    The block freed last is handed out first. `name` appears in error texts.
+    The block freed last is handed out first. `name` appears in error texts. `most_used` is the most that were used at
+    once so far.
     """
 
     def __init__(self, name: str, num_blocks: int) -> None:
         self.name = name
         self.num_blocks = num_blocks
+        self.most_used = 0
         self._free = list(range(num_blocks - 1, -1, -1))
         self._is_used = bytearray(num_blocks)
 
@@ -44,6 +46,7 @@ class BlockPool:
         del self._free[first:]
         for block_id in ids:
             self._is_used[block_id] = 1
+        self.most_used = max(self.most_used, self.num_used)
         return ids
 
     def free(self, block_ids: Iterable[int]) -> None:

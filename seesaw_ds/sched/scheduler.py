@@ -368,6 +368,11 @@ class Scheduler:
         """How many sequences were left when the last stay in the prefill layout ended; 0: to the end; None: no stay."""
         return self._staying.num_left
 
+    @property
+    def most_host_blocks_used(self) -> int:
+        """The most blocks of the host pool that were used at once so far."""
+        return self._pools.host.most_used
+
     def check_integrity(self) -> None:
         """Raise RuntimeError unless all counts agree, each used block has one owner, and the reserve rule is kept."""
         self._pools.check_integrity()

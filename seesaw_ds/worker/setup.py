@@ -188,11 +188,14 @@ class _EngineBuilder:
         )
 
     def _segment_graphs(self) -> SegmentGraphs | None:
-        """For micro-batches that are full, as most are."""
-        stage, num_tokens = self._stages[Phase.PREFILL], self._run.max_num_batched_tokens
-        if not self._backends.has_graphs or num_tokens > MOST_TOKENS:
+        """For micro-batches that are full, as most are; but not around all-reduces that are NCCL's."""
+        hidden_size, num_tokens = self._shape.hidden_size, self._run.max_num_batched_tokens
+        most_bytes = self._all_reduces[Phase.PREFILL].most_kernel_bytes
+        is_too_large = num_tokens > MOST_TOKENS or num_tokens * hidden_size * self._dtype.itemsize > most_bytes
+        if is_too_large or not self._backends.has_graphs:
             return None
-        return SegmentGraphs(stage, self._rotary, self._shape.hidden_size, num_tokens, self._dtype, self._device)
+        stage = self._stages[Phase.PREFILL]
+        return SegmentGraphs(stage, self._rotary, hidden_size, num_tokens, self._dtype, self._device)
 
     def tune_products(self) -> None:
         """For the decode steps that will be captured. Before memory is measured, for this takes a workspace."""

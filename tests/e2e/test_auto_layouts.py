@@ -16,10 +16,8 @@ def test_all_ranks_run_the_planners_choice(
     output = tmp_path / "out" / "results.jsonl"
     run = start_run(tmp_path, job_settings | {"layouts": "auto", "hardware": "cpu", "output": str(output)})
     assert run.wait() == 0, run.output
-    chosen = re.search(
-        r"layouts=auto: (\S+), max_num_batched_tokens=\d+, max_num_seqs=\d+, predicted [0-9.]+ s for \d+ sequences",
-        run.output,
-    )
+    numbers = r"max_num_batched_tokens=\d+, max_num_seqs=\d+, kv_offloading_size=[0-9.]+"
+    chosen = re.search(rf"layouts=auto: (\S+), {numbers}, predicted [0-9.]+ s for \d+ sequences", run.output)
     assert chosen is not None, run.output
     assert json.loads(output.with_name("summary.json").read_text())["layouts"] == chosen[1]
     assert_same_results(read_records(output), read_records(finished_job.output))

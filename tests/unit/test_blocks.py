@@ -22,6 +22,7 @@ def test_blocks_for(num_tokens: int, block_size: int, expected: int) -> None:
 def test_blocks_in_use_are_distinct(num_blocks: int, requests: list[int]) -> None:
     pool = BlockPool("test", num_blocks)
     held: list[tuple[int, ...]] = []
+    most_used = 0
     for number in requests:
         if number > pool.num_free:
             with pytest.raises(RuntimeError, match=f"num_blocks={number} asked for"):
@@ -33,6 +34,8 @@ def test_blocks_in_use_are_distinct(num_blocks: int, requests: list[int]) -> Non
         used = [block_id for ids in held for block_id in ids]
         assert len(set(used)) == len(used) == pool.num_used == num_blocks - pool.num_free
         assert all(0 <= block_id < num_blocks for block_id in used)
+        most_used = max(most_used, pool.num_used)
+        assert pool.most_used == most_used
         pool.check_integrity()
 
 

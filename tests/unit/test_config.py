@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from seesaw_ds.config import RunConfig, check_fit, dtype_name, max_model_len, parse_config
+from seesaw_ds.config import ALL_HOST_MEMORY, RunConfig, check_fit, dtype_name, max_model_len, parse_config
 from seesaw_ds.errors import UserError
 from seesaw_ds.layout import LayoutPair
 from seesaw_ds.shapes import ModelShape
@@ -50,6 +50,8 @@ def test_settings_have_defaults_and_keep_what_is_given():
 def test_auto_layouts_may_take_more_than_fixed_ones_do_unless_told_otherwise(changes, most):
     run = parse_config(VALUES | changes)
     assert (run.max_num_seqs, run.max_num_batched_tokens) == most
+    assert run.kv_offloading_size == (ALL_HOST_MEMORY if run.has_auto_layouts else 4.0)
+    assert parse_config(VALUES | changes | {"kv_offloading_size": 3.0}).kv_offloading_size == 3.0
 
 
 def test_whole_numbers_are_taken_where_fractions_are_asked_for():

@@ -6,13 +6,15 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import yaml
 
 from plan_cases import ROOT, hardware
 from seesaw_ds.batch.text import TextCodec
-from seesaw_ds.config import RunConfig
+from seesaw_ds.config import ALL_HOST_MEMORY, RunConfig
 from seesaw_ds.engine import auto_layouts, input_lengths
 from seesaw_ds.engine import hardware as machines
 from seesaw_ds.errors import UserError
@@ -186,11 +188,30 @@ def test_the_choice_is_made_and_explained(
     assert chosen.max_num_batched_tokens <= 512
     first, second = (record.getMessage() for record in caplog.records if "layouts=auto" in record.getMessage())
     tokens, num_seqs = chosen.max_num_batched_tokens, chosen.max_num_seqs
-    assert f"layouts=auto: D2, max_num_batched_tokens={tokens}, max_num_seqs={num_seqs}, predicted" in first
+    settings = f"max_num_batched_tokens={tokens}, max_num_seqs={num_seqs}, kv_offloading_size=0.1"
+    assert f"layouts=auto: D2, {settings}, predicted" in first
     assert num_seqs == 20
     assert "for 40 sequences: prefill" in first
     assert "hardware cpu" in first
     assert "P2->T2" in second
+
+
+def test_a_host_pool_that_is_left_open_holds_what_is_free_or_all_there_is(
+    run: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [RequestLength(1000, 500)] * 1000
+    token_bytes = 4 * 2 * 8 * 16 * 4  # layers, K and V, heads, head dim, float32
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100 << 30))
+    size = auto_layouts._largest_host_pool(run, shape_of(run), lengths, 2)
+    assert size == pytest.approx(1_500_000 * token_bytes / 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=5 << 30))
+    assert auto_layouts._largest_host_pool(run, shape_of(run), lengths, 2) == pytest.approx(3.0)
+    # One request of the longest length, 2048 tokens, has room on each of two replicas.
+    longest = 2 * 2064 * token_bytes / 2**30
+    assert auto_layouts._largest_host_pool(run, shape_of(run), lengths[:1], 2) == pytest.approx(longest)
+    write_input(run, [{"prompt": "w " * 30, "max_tokens": 8}] * 4)
+    chosen = auto_layouts.choose_layouts(replace(run, kv_offloading_size=ALL_HOST_MEMORY), 2, 2, overwrite=False)
+    assert chosen.kv_offloading_size < 1
 
 
 def test_what_cannot_run_says_what_would(run: RunConfig) -> None:

@@ -25,6 +25,7 @@ from seesaw_ds.plan.candidates import (
     make_candidate,
     num_seqs_to_try,
     with_fewer_seqs,
+    with_host_pool,
 )
 from seesaw_ds.plan.outcome import TookTooLong
 from seesaw_ds.plan.planner import (
@@ -35,6 +36,7 @@ from seesaw_ds.plan.planner import (
     _most_bundled,
     _search,
     _with_fewer_seqs,
+    _with_smaller_pool,
     make_plan,
     simulate,
     thinned,
@@ -135,9 +137,18 @@ def test_the_fastest_in_detail_wins_and_equal_runs_are_examined_once():
     ranked = [Simulated(by_layouts[layouts], None, seconds, 500) for layouts, seconds in coarse.items()]
     fine = {("P8", 512): 100.5, ("P8->T4P2", 512): 99.0, ("T2P4->T8", 512): 100.0, ("T4P2->T8", 512): 1.0}
     calls: list[tuple[str, int]] = []
-    best = _best_in_detail(ranked, in_seconds(fine, calls))
+    best = _best_in_detail(ranked, in_seconds(fine, calls), lambda done: done.seconds)
     assert best.candidate.run.layouts == "P8->T4P2"
-    assert [layouts for layouts, _ in calls] == ["P8", "P8->T4P2", "T2P4->T8"]
+    assert [layouts for layouts, _ in calls] == ["P8", "P8->T4P2"]
+
+    # What else they cost decides between those that are about as fast.
+    cost = {"P8": 3.0, "P8->T4P2": 3.0, "T2P4->T8": 1.0, "T4P2->T8": 0.0, "T8": 0.0}
+    calls.clear()
+    best = _best_in_detail(
+        ranked, in_seconds(fine, calls), lambda done: done.seconds + cost[done.candidate.run.layouts]
+    )
+    assert best.candidate.run.layouts == "T4P2->T8"
+    assert [layouts for layouts, _ in calls] == ["P8", "T4P2->T8"]
 
 
 @pytest.mark.parametrize(
@@ -205,6 +216,63 @@ def test_fewer_sequences_at_once_are_tried_while_that_helps(seconds_of, best, tr
     assert (run.max_num_seqs, run.max_num_batched_tokens) == best
     assert min(asked) == tried
     assert [done.seconds for done in ranked] == sorted(done.seconds for done in ranked)
+
+
+def run_with_pool(gib: float, share: float, seconds_at: dict[float, float]) -> tuple[float, list[float]]:
+    """The size of the pool that is chosen from `gib` on, of which a share is used, and the sizes that were simulated.
+
+    `seconds_at` are those of pools of about that size; a GiB takes half a second to provide.
+    """
+    totals = InputTotals.of(ARXIV)
+    asked: list[float] = []
+
+    def simulated(each: Candidate, stop_after: float = math.inf) -> Simulated:
+        size = each.run.kv_offloading_size
+        asked.append(round(size, 1))
+        seconds = seconds_at[min(seconds_at, key=lambda known: abs(known - size))]
+        if seconds >= stop_after:
+            raise TookTooLong
+        return replace(first, candidate=each, seconds=seconds)
+
+    candidate = make_candidate(replace(RUN, layouts="P8->T8", kv_offloading_size=gib), MODEL, A10, totals)
+    outcome = Simulator(MODEL, A10, pair("P8->T8"), candidate.limits).run(ARXIV[:2])
+    first = Simulated(candidate, replace(outcome, host_pool_share=share), seconds_at[gib], 500)
+
+    def resized(each: Candidate, size: float) -> Candidate:
+        return with_host_pool(each, size, MODEL, A10, totals)
+
+    best = _with_smaller_pool(first, resized, simulated, simulated, 0.5)
+    return round(best.candidate.run.kv_offloading_size, 1), asked
+
+
+def test_a_host_pool_is_as_large_as_is_used_or_pays():
+    assert run_with_pool(640.0, 0.5, {640.0: 540.0}) == (400.0, [])  # with a quarter of room
+    assert run_with_pool(640.0, 0.0, {640.0: 540.0}) == (4.0, [])
+    assert run_with_pool(3.0, 0.1, {3.0: 540.0}) == (3.0, [])
+    # All of it is used. A quarter saves 240 s of providing it, a sixteenth 60 s more, a 64th 15 s more.
+    assert run_with_pool(640.0, 1.0, {640.0: 540.0, 160.0: 700.0, 40.0: 740.0, 10.0: 760.0}) == (
+        40.0,
+        [640.0, 160.0, 40.0, 10.0, 40.0],
+    )
+    assert run_with_pool(640.0, 0.9, {640.0: 540.0, 160.0: 900.0}) == (640.0, [640.0, 160.0])
+
+
+def test_the_host_pools_size_is_chosen_where_it_costs_and_is_not_given():
+    lengths = workload_lengths("sharegpt", 300)
+    run = run_config("auto", lengths, 100.0)
+    given, chosen, fixed = (
+        make_plan(run, MODEL, hardware("h200-nvlink"), 2, lengths, with_static=False, constraints=constraints).best
+        for run, constraints in (
+            (run, Constraints()),
+            (run, Constraints(host_pool_seconds=0.65)),
+            (replace(run, num_host_kv_blocks=5000), Constraints(host_pool_seconds=0.65)),
+        )
+    )
+    assert given.candidate.run.kv_offloading_size == fixed.candidate.run.kv_offloading_size == 100.0
+    assert 0.01 < given.simulated.host_pool_share < 0.1
+    share = chosen.simulated.host_pool_share
+    assert chosen.candidate.run.kv_offloading_size == pytest.approx(max(4.0, 125 * share))
+    assert chosen.seconds < 1.02 * given.seconds
 
 
 def test_more_sequences_at_once_are_taken_where_that_is_faster():
