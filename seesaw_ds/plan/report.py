@@ -9,8 +9,9 @@ from typing import Any
 from seesaw_ds.plan.candidates import Candidate
 from seesaw_ds.plan.hardware import GIB
 from seesaw_ds.plan.layout_choice import choice_text
-from seesaw_ds.plan.planner import Plan, Simulated
+from seesaw_ds.plan.planner import Plan
 from seesaw_ds.plan.static_search import StaticPlan
+from seesaw_ds.plan.trials import Simulated
 
 _REASON_WIDTH = 130  # in the table; the JSON has the whole reason
 

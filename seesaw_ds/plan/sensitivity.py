@@ -17,8 +17,9 @@ from seesaw_ds.plan.bounds import InputTotals
 from seesaw_ds.plan.candidates import make_candidate
 from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.outcome import TookTooLong
-from seesaw_ds.plan.planner import FINAL, FIRST_TOKENS, RANKING, simulate
+from seesaw_ds.plan.planner import FIRST_TOKENS
 from seesaw_ds.plan.static_search import CURRENT_ENGINE, StaticEngineKind, best_static_plan
+from seesaw_ds.plan.trials import FINAL, RANKING, simulate
 from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.shapes import ModelShape
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,23 +30,18 @@ from seesaw_ds.plan.candidates import (
 )
 from seesaw_ds.plan.outcome import TookTooLong
 from seesaw_ds.plan.planner import (
-    FINAL,
-    RANKING,
-    Simulated,
     _best_in_detail,
-    _most_bundled,
     _search,
     _with_fewer_seqs,
     _with_smaller_pool,
     make_plan,
-    simulate,
-    thinned,
 )
 from seesaw_ds.plan.report import plan_json, plan_table
 from seesaw_ds.plan.sensitivity import bandwidth_curves, output_ratio_curves
 from seesaw_ds.plan.simulator import Simulator
 from seesaw_ds.plan.static_engine import HostWork
 from seesaw_ds.plan.static_search import StaticEngineKind
+from seesaw_ds.plan.trials import FINAL, RANKING, Simulated, _most_bundled, simulate, thinned
 from seesaw_ds.plan.workloads import RequestLength, parse_workload, workload_lengths
 
 MODEL = shape("llama2-70b")
@@ -137,15 +133,21 @@ def test_the_fastest_in_detail_wins_and_equal_runs_are_examined_once():
     ranked = [Simulated(by_layouts[layouts], None, seconds, 500) for layouts, seconds in coarse.items()]
     fine = {("P8", 512): 100.5, ("P8->T4P2", 512): 99.0, ("T2P4->T8", 512): 100.0, ("T4P2->T8", 512): 1.0}
     calls: list[tuple[str, int]] = []
-    best = _best_in_detail(ranked, in_seconds(fine, calls), lambda done: done.seconds)
+    best = _best_in_detail(ranked, in_seconds(fine, calls), 0.0)
     assert best.candidate.run.layouts == "P8->T4P2"
     assert [layouts for layouts, _ in calls] == ["P8", "P8->T4P2"]
 
-    # What else they cost decides between those that are about as fast.
-    cost = {"P8": 3.0, "P8->T4P2": 3.0, "T2P4->T8": 1.0, "T4P2->T8": 0.0, "T8": 0.0}
+    # Of those that are about as fast the one that needs less of a dear host pool wins.
+    run = Simulator(MODEL, A10, pair("P8->T8"), ranked[1].candidate.limits).run(ARXIV[:2])
+    shares = {"P8": 0.4, "P8->T8": 0.4, "P8->T4P2": 0.4, "T2P4->T8": 0.3, "T4P2->T8": 0.2, "T8": 0.0}
+
+    def with_share(done: Simulated) -> Simulated:
+        return replace(done, simulated=replace(run, host_pool_share=shares[done.candidate.run.layouts]))
+
     calls.clear()
+    judge = in_seconds(fine, calls)
     best = _best_in_detail(
-        ranked, in_seconds(fine, calls), lambda done: done.seconds + cost[done.candidate.run.layouts]
+        list(map(with_share, ranked)), lambda *arguments: with_share(judge(*arguments)), pool_seconds=0.1
     )
     assert best.candidate.run.layouts == "T4P2->T8"
     assert [layouts for layouts, _ in calls] == ["P8", "T4P2->T8"]
@@ -241,7 +243,8 @@ def run_with_pool(gib: float, share: float, seconds_at: dict[float, float]) -> t
     def resized(each: Candidate, size: float) -> Candidate:
         return with_host_pool(each, size, MODEL, A10, totals)
 
-    best = _with_smaller_pool(first, resized, simulated, simulated, 0.5)
+    trials = SimpleNamespace(rank=simulated, judge=simulated)
+    best = _with_smaller_pool(first, resized, trials, pool_seconds=0.5)
     return round(best.candidate.run.kv_offloading_size, 1), asked
 
 

@@ -15,10 +15,11 @@ from seesaw_ds.plan.candidates import Candidate, find_candidates, make_candidate
 from seesaw_ds.plan.cost import CostModel, StepWork
 from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.outcome import TookTooLong
-from seesaw_ds.plan.planner import RANKING, Simulated, _best_split, make_plan, simulate
+from seesaw_ds.plan.planner import _best_split, make_plan
 from seesaw_ds.plan.report import plan_json, plan_table
 from seesaw_ds.plan.simulator import Simulator
 from seesaw_ds.plan.stages import balanced_last, unequal_splits, with_last_stage
+from seesaw_ds.plan.trials import RANKING, Simulated, simulate
 from seesaw_ds.plan.workloads import RequestLength, workload_lengths
 from seesaw_ds.shapes import ModelShape
 
