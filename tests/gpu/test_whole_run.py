@@ -108,6 +108,15 @@ def test_logprobs_match_transformers(
 
 
 @pytest.mark.gpu(2)
+def test_logprobs_match_transformers_where_all_reduces_go_through_host_memory(
+    model: Path, prompts: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of captured decode steps, and of the captured segments of micro-batches."""
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    check_logprobs(model, prompts, tmp_path / "run", "T2")
+
+
+@pytest.mark.gpu(2)
 @pytest.mark.parametrize("layouts", ["P2->T2", "T2->P2"])
 @pytest.mark.parametrize("is_p2p_disabled", [False, True], ids=["P2P on", "P2P off"])
 def test_logprobs_match_transformers_where_weights_come_early(
