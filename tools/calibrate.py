@@ -3,7 +3,7 @@
     python tools/calibrate.py                                          all GPUs, or two ranks on a CPU machine
     NCCL_P2P_DISABLE=1 python tools/calibrate.py                       the same machine as if joined by PCIe alone
 
-It starts one process a device, which measure at the same time, then the engine for a moment, on CPU twice. Leave the
+It starts one process a device, which measure at the same time, and the engine for a moment, on CPU twice. Leave the
 machine alone meanwhile: whatever else runs is measured too. ``layouts: auto`` then finds the profile by itself.
 """
 
@@ -20,7 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,8 +78,9 @@ def is_cuda() -> bool:
     return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
 
 
-def measure(rank: int, world_size: int, rendezvous: str, result: str) -> None:
+def measure(rank: int, world_size: int, may_measure: Event, rendezvous: str, result: str) -> None:
     """One rank: measure together with the others; the first writes what it saw to `result` as JSON."""
+    may_measure.wait()
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if is_cuda() else torch.device("cpu")
@@ -92,6 +94,29 @@ def measure(rank: int, world_size: int, rendezvous: str, result: str) -> None:
         Path(result).write_text(json.dumps(figures))
     dist.barrier()
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def ranks_to_measure(num_ranks: int, folder: Path) -> Iterator[Callable[[], Figures]]:
+    """Ranks that import what they need and wait; the function lets them measure and returns what they saw."""
+    may_measure = multiprocessing.get_context("spawn").Event()
+    result = folder / "figures.json"
+    ranks = multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
+        measure, (num_ranks, may_measure, str(folder / "rendezvous"), str(result)), nprocs=num_ranks, join=False
+    )
+
+    def measured() -> Figures:
+        may_measure.set()
+        while not ranks.join():
+            pass
+        figures: Figures = json.loads(result.read_text())
+        return figures
+
+    try:
+        yield measured
+    finally:
+        for process in ranks.processes:
+            process.terminate()
 
 
 @contextlib.contextmanager
@@ -171,34 +196,40 @@ def _rounded(value: Any) -> Any:
 
 
 def host_seconds(figures: Figures, num_ranks: int, folder: Path) -> Figures:
-    """What the engine takes beyond the layers of a tiny model: per decode step, and per row of one.
-
-    On GPUs a step's host work, rows and all, is done while the device computes the one before: there a step of the tiny
-    model is as short as one can be.
-    """
-    many = _decode_step(figures, num_ranks, _MANY_REQUESTS, folder / "many")
-    if is_cuda():
-        return {"step_seconds": _GPU_STEP_SECONDS, "least_step_seconds": many.seconds}
-    few = _decode_step(figures, num_ranks, _FEW_REQUESTS, folder / "few")
-    row_seconds = max(0.0, (many.host_seconds - few.host_seconds) / (many.num_rows - few.num_rows))
-    found = {"step_seconds": max(1e-6, few.host_seconds - row_seconds * few.num_rows)}
+    """What the engine takes on CPU beyond the layers of a tiny model: per decode step, and per row of one."""
+    (many_rows, many), (few_rows, few) = (
+        (step.num_rows, step.seconds - _layer_seconds(step, figures))
+        for step in (
+            decode_step(num_ranks, _MANY_REQUESTS, folder / "many"),
+            decode_step(num_ranks, _FEW_REQUESTS, folder / "few"),
+        )
+    )
+    row_seconds = max(0.0, (many - few) / (many_rows - few_rows))
+    found = {"step_seconds": max(1e-6, few - row_seconds * few_rows)}
     return found | ({"row_seconds": row_seconds} if row_seconds else {})
 
 
-class _DecodeStep(NamedTuple):
-    """Rows of a decode step on average, its seconds, and those beyond its layers'."""
+def gpu_host_seconds(num_ranks: int, folder: Path) -> Figures:
+    """On GPUs a step's host work, rows and all, is done while the device computes the one before: there a step of the
+    tiny model is as short as one can be.
+    """
+    return {
+        "step_seconds": _GPU_STEP_SECONDS,
+        "least_step_seconds": decode_step(num_ranks, _MANY_REQUESTS, folder / "many").seconds,
+    }
+
+
+class DecodeStep(NamedTuple):
+    """Rows of a decode step of the tiny model, on average, and its seconds."""
 
     num_rows: float
     seconds: float
-    host_seconds: float
 
 
-def _decode_step(figures: Figures, num_ranks: int, num_requests: int, folder: Path) -> _DecodeStep:
-    """A step of a run of `num_requests` a rank."""
+def decode_step(num_ranks: int, num_requests: int, folder: Path) -> DecodeStep:
+    """A step of a run of `num_requests` a rank, each a replica of its own: what links take is measured apart."""
     folder.mkdir()
     batch, config, output = folder / "input.jsonl", folder / "config.yaml", folder / "out" / "results.jsonl"
-    layout = ParallelLayout(dp=num_ranks)
-    model = _write_tiny_model(folder / "model")
     rng = random.Random(0)
     with batch.open("w") as file:
         for number in range(num_ranks * num_requests):
@@ -206,19 +237,26 @@ def _decode_step(figures: Figures, num_ranks: int, num_requests: int, folder: Pa
             body = {"prompt": prompt, "max_tokens": _OUTPUT_TOKENS, "ignore_eos": True, "temperature": 0}
             line = {"custom_id": f"r{number}", "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(line) + "\n")
-    dtype = "bfloat16" if is_cuda() else "float32"
-    settings: Figures = {"model": str(model), "load_format": "dummy", "dtype": dtype, "layouts": str(layout)}
-    settings |= {"max_num_seqs": num_requests, "kv_offloading_size": 0.25, "input": str(batch), "output": str(output)}
+    settings: Figures = {"model": str(_write_tiny_model(folder / "model")), "load_format": "dummy"}
+    settings |= {"dtype": _tiny_dtype(), "layouts": str(ParallelLayout(dp=num_ranks)), "max_num_seqs": num_requests}
+    settings |= {"kv_offloading_size": 0.25, "input": str(batch), "output": str(output)}
     settings["mixed_steps"] = False  # decode by itself, and its seconds apart
     config.write_text(yaml.safe_dump(settings))
     summary = _run_engine(config, num_ranks, output.with_name("summary.json"))
-    cost = CostModel(model_shape(json.loads((model / "config.json").read_text())), make_profile(figures), layout, dtype)
-    # Each replica on its own: what the links take is measured apart.
-    num_rows = summary["decode_rows"] / summary["decode_steps"]
-    context = round(num_rows * (_PROMPT_TOKENS + _OUTPUT_TOKENS // 2))
-    work = StepWork(round(num_rows), decode_context=context, num_rows=round(num_rows))
     seconds = summary["phase_seconds"]["decode"] * num_ranks / summary["decode_steps"]
-    return _DecodeStep(num_rows, seconds, seconds - sum(cost.stage_seconds(work)))
+    return DecodeStep(summary["decode_rows"] / summary["decode_steps"], seconds)
+
+
+def _layer_seconds(step: DecodeStep, figures: Figures) -> float:
+    """What the layers of such a step take by the cost model."""
+    cost = CostModel(model_shape(_TINY_MODEL), make_profile(figures), ParallelLayout(), _tiny_dtype())
+    context = round(step.num_rows * (_PROMPT_TOKENS + _OUTPUT_TOKENS // 2))
+    num_rows = round(step.num_rows)
+    return sum(cost.stage_seconds(StepWork(num_rows, decode_context=context, num_rows=num_rows)))
+
+
+def _tiny_dtype() -> str:
+    return "bfloat16" if is_cuda() else "float32"
 
 
 def _write_tiny_model(folder: Path) -> Path:
@@ -270,14 +308,15 @@ def main() -> int:
         print(f"{device_name()}: {num_ranks} ranks measure; about a minute", flush=True)
         if (load := os.getloadavg()[0]) > _QUIET_LOAD:
             print(f"warning: other programs are running (load {load:.1f}), and are measured too", file=sys.stderr)
-        result = folder / "figures.json"
-        multiprocessing.spawn(  # type: ignore[attr-defined, no-untyped-call]
-            measure, args=(num_ranks, str(folder / "rendezvous"), str(result)), nprocs=num_ranks
-        )
-        figures = json.loads(result.read_text())
-        figures["step_seconds"] = 1e-6
-        print(f"  {time.monotonic() - start:.0f} s so far; now the engine with a tiny model", flush=True)
-        figures |= host_seconds(figures, num_ranks, folder)
+        with ranks_to_measure(num_ranks, folder) as measured:
+            if is_cuda():  # the engine runs while the ranks start
+                host = gpu_host_seconds(num_ranks, folder)
+                print(f"  the engine with a tiny model: {time.monotonic() - start:.0f} s", flush=True)
+                figures = measured() | host
+            else:
+                figures = measured() | {"step_seconds": 1e-6}
+                print(f"  {time.monotonic() - start:.0f} s so far; now the engine with a tiny model", flush=True)
+                figures |= host_seconds(figures, num_ranks, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     write_profile(path, figures, num_ranks, time.monotonic() - start)

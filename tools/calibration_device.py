@@ -30,13 +30,17 @@ _SPAN_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is computed and moved: products as large as the layers' that the device is for, done in seconds."""
+    """How much is computed and moved: products as large as the layers' that the device is for, done in seconds.
+
+    Products of the first of `dtypes` are measured at all `token_counts`, those of the others at a few.
+    """
 
     shape: ModelShape
     dtypes: tuple[str, ...]
     matrix: tuple[int, int]
     num_matrices: int
     token_counts: tuple[int, ...]
+    few_token_counts: tuple[int, ...]
     copy_bytes: int
     prompt_tokens: int
     decode_rows: int
@@ -66,6 +70,7 @@ CUDA_SIZES = Sizes(
     matrix=(28672, 8192),
     num_matrices=2,
     token_counts=(1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192),
+    few_token_counts=(1, 128, 512, 8192),
     copy_bytes=1024 * MIB,
     prompt_tokens=4096,
     decode_rows=64,
@@ -82,6 +87,7 @@ CPU_SIZES = Sizes(
     matrix=(640, 512),
     num_matrices=8,
     token_counts=(1, 4, 16, 64, 256, 1024),
+    few_token_counts=(1, 16, 1024),
     copy_bytes=64 * MIB,
     prompt_tokens=1024,
     decode_rows=16,
@@ -147,9 +153,10 @@ def linear_points(sizes: Sizes, dtype_name: str, device: torch.device) -> list[l
     The largest come first: under load a device may slow down to its power limit, and that is how prefill finds it.
     """
     dtype = getattr(torch, dtype_name)
+    token_counts = sizes.token_counts if dtype_name == sizes.dtypes[0] else sizes.few_token_counts
     matrices = [torch.randn(sizes.matrix, dtype=dtype, device=device) for _ in range(sizes.num_matrices)]
     seconds: dict[int, float] = {}
-    for num_tokens in reversed(sizes.token_counts):
+    for num_tokens in reversed(token_counts):
         x = torch.randn((num_tokens, sizes.matrix[1]), dtype=dtype, device=device)
 
         def run(x: torch.Tensor = x) -> None:
@@ -158,7 +165,7 @@ def linear_points(sizes: Sizes, dtype_name: str, device: torch.device) -> list[l
 
         seconds[num_tokens] = typical_seconds(run, device) / (len(matrices) * matrices[0].numel())
     points: list[list[float]] = []
-    for num_tokens in sizes.token_counts:
+    for num_tokens in token_counts:
         # Below the ridge all counts take the same time but for noise.
         least = points[-1][1] * 1.0001 if points else 0.0
         points.append([num_tokens, max(seconds[num_tokens], least)])

@@ -15,10 +15,11 @@ from seesaw_ds.plan.cost import CostModel, StepWork
 
 SIZES = replace(
     CPU_SIZES,
-    dtypes=("float32",),
+    dtypes=("float32", "bfloat16"),
     matrix=(64, 32),
     num_matrices=2,
     token_counts=(1, 8, 64),
+    few_token_counts=(1, 64),
     copy_bytes=MIB,
     prompt_tokens=64,
     decode_rows=4,
@@ -39,6 +40,7 @@ def test_two_ranks_measure_a_whole_profile(monkeypatch) -> None:
         profile = make_profile({**figures, "step_seconds": 1e-3})
         assert profile.linear is not None
         assert [tokens for tokens, _ in profile.linear["float32"]] == [1, 8, 64]
+        assert [tokens for tokens, _ in profile.linear["bfloat16"]] == [1, 64]
         assert profile.pads_decode == 1.0
         assert set(profile.all_reduce) == {2}
         assert profile.exchange_bandwidth is not None and profile.exchange_bandwidth < 1e12

@@ -95,7 +95,7 @@ def test_on_gpus_a_step_is_as_short_as_one_of_the_tiny_model_can_be(
     monkeypatch.setattr(calibrate, "is_cuda", lambda: True)
     linear = {"bfloat16": FIGURES["linear"]["float32"]}
     figures = FIGURES | LINKS | {"attention_efficiency": 0.5, "linear": linear, "flops": {"bfloat16": 1e12}}
-    found = calibrate.host_seconds(figures, 1, tmp_path)
+    found = calibrate.gpu_host_seconds(1, tmp_path)
     assert found == {"step_seconds": calibrate._GPU_STEP_SECONDS, "least_step_seconds": 0.5}
     assert runs == [calibrate._MANY_REQUESTS]
     profile = parse_hardware(profile_values(figures | found, "local", "measured here today"))
