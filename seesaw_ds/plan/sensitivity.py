@@ -14,7 +14,7 @@ from seesaw_ds.config import RunConfig
 from seesaw_ds.errors import UserError
 from seesaw_ds.layout import LayoutPair, ParallelLayout
 from seesaw_ds.plan.bounds import InputTotals
-from seesaw_ds.plan.candidates import make_candidate
+from seesaw_ds.plan.candidates import make_candidate, num_seqs_to_try
 from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.outcome import TookTooLong
 from seesaw_ds.plan.planner import FIRST_TOKENS
@@ -110,15 +110,22 @@ def _add_points(
 def _best_size(
     run: RunConfig, shape: ModelShape, hardware: HardwareProfile, pair: LayoutPair, lengths: Sequence[RequestLength]
 ) -> float | None:
-    """With the fastest of the micro-batch size that the planner tries first, half of it and twice as much."""
+    """With the fastest of the micro-batch size that the planner tries first, half of it and twice as much.
+
+    With as many sequences at once as may be, and then with fewer while that helps.
+    """
     first = FIRST_TOKENS[run.mixed_steps]
     weight_reshard = run.weight_reshard if pair.is_nested else "host"
     totals = InputTotals.of(lengths)
     best, seconds = None, math.inf
-    for tokens in (first, first // 2, 2 * first):
-        settings = replace(run, layouts=str(pair), weight_reshard=weight_reshard, max_num_batched_tokens=tokens)
-        with contextlib.suppress(UserError, TookTooLong):
-            candidate = make_candidate(settings, shape, hardware, totals)
-            seconds = simulate(candidate, shape, hardware, totals, lengths, RANKING, seconds).seconds
-            best = candidate
+    for num_seqs in num_seqs_to_try(run, totals.num_requests, pair.dp):
+        settings = replace(run, layouts=str(pair), weight_reshard=weight_reshard, max_num_seqs=num_seqs)
+        least = seconds
+        for tokens in (first, first // 2, 2 * first):
+            with contextlib.suppress(UserError, TookTooLong):
+                candidate = make_candidate(replace(settings, max_num_batched_tokens=tokens), shape, hardware, totals)
+                seconds = simulate(candidate, shape, hardware, totals, lengths, RANKING, seconds).seconds
+                best = candidate
+        if best is not None and seconds == least:
+            break
     return None if best is None else simulate(best, shape, hardware, totals, lengths, FINAL).requests_per_second
