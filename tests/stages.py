@@ -12,7 +12,7 @@ from cells import load_cells
 from family_models import make_family
 from seesaw_ds.checkpoint.source import SafetensorsSource
 from seesaw_ds.layout import ParallelLayout, Phase
-from seesaw_ds.model.attention.interface import AttentionBatch
+from seesaw_ds.model.attention.interface import AttentionBackend, AttentionBatch
 from seesaw_ds.model.backends import Backends, choose_backends
 from seesaw_ds.model.checkpoint import check_checkpoint
 from seesaw_ds.model.decoder import DecoderStage
@@ -78,6 +78,13 @@ def plan(
     blocks = tables[rows, positions // block_size]
     places = np.stack((positions, kv[rows], blocks, positions % block_size)).astype(np.int64)
     return AttentionBatch(queries, kv, tables, num_rows), torch.from_numpy(places)
+
+
+def attended(backend: AttentionBackend, q_NHD: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
+    """What a backend makes of queries, as planned, in memory that was NaN before."""
+    out_NHD = torch.full_like(q_NHD, torch.nan)
+    backend.forward(q_NHD, kv_cache, out_NHD)
+    return out_NHD
 
 
 class MicroBatch:

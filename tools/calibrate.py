@@ -197,15 +197,11 @@ def _rounded(value: Any) -> Any:
 
 def host_seconds(figures: Figures, num_ranks: int, folder: Path) -> Figures:
     """What the engine takes on CPU beyond the layers of a tiny model: per decode step, and per row of one."""
-    (many_rows, many), (few_rows, few) = (
-        (step.num_rows, step.seconds - _layer_seconds(step, figures))
-        for step in (
-            decode_step(num_ranks, _MANY_REQUESTS, folder / "many"),
-            decode_step(num_ranks, _FEW_REQUESTS, folder / "few"),
-        )
-    )
-    row_seconds = max(0.0, (many - few) / (many_rows - few_rows))
-    found = {"step_seconds": max(1e-6, few - row_seconds * few_rows)}
+    many = decode_step(num_ranks, _MANY_REQUESTS, folder / "many")
+    few = decode_step(num_ranks, _FEW_REQUESTS, folder / "few")
+    many_seconds, few_seconds = (step.seconds - _layer_seconds(step, figures) for step in (many, few))
+    row_seconds = max(0.0, (many_seconds - few_seconds) / (many.num_rows - few.num_rows))
+    found = {"step_seconds": max(1e-6, few_seconds - row_seconds * few.num_rows)}
     return found | ({"row_seconds": row_seconds} if row_seconds else {})
 
 

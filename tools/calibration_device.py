@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from profile_layers import BLOCK_SIZE, Layers
+from profile_layers import BLOCK_SIZE, Layers, captured
 from seesaw_ds.layout import LayoutPair, ParallelLayout, Phase
 from seesaw_ds.model.attention.interface import AttentionBackend
 from seesaw_ds.model.attention.torch_backend import TorchAttention
@@ -128,18 +128,6 @@ def _mean_seconds(run: Callable[[], object], device: torch.device, count: int) -
     end: Any = devices.record_event(device, timing=True)
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1000 / count
-
-
-def captured(run: Callable[[], object], after_capture: Callable[[], None] | None = None) -> Callable[[], None]:
-    """`run` as a CUDA graph, as the engine captures its decode steps."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's threads go on calling CUDA meanwhile
-        run()
-    if after_capture is not None:
-        after_capture()
-    return graph.replay
 
 
 def _synchronize(device: torch.device) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from calibration_device import Sizes, captured, typical_seconds
-from profile_layers import BLOCK_SIZE
+from calibration_device import Sizes, typical_seconds
+from profile_layers import BLOCK_SIZE, captured
 from seesaw_ds.model.backends import choose_backends
 from seesaw_ds.parallel.all_reduce import ONE_SHOT_MAX_BYTES, choose_all_reduce
 from seesaw_ds.parallel.transport import choose_transport

@@ -36,6 +36,7 @@ from seesaw_ds.parallel.groups import ParallelState
 from seesaw_ds.reshard.arena import PlacedCells, WeightArena
 from seesaw_ds.reshard.plan import plan_reshard, plan_tables
 from seesaw_ds.shapes import ModelShape, model_shape
+from seesaw_ds.worker.graphs import GraphPool
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK_SIZE = 16
@@ -155,13 +156,12 @@ def loaded_milliseconds(run: Callable[[], object], device: torch.device, load_se
     return 1000 * (time.perf_counter() - begin) / repeats
 
 
-def captured(run: Callable[[], object]) -> Callable[[], None]:
-    """`run` as a CUDA graph."""
+def captured(run: Callable[[], object], after_capture: Callable[[], None] | None = None) -> Callable[[], None]:
+    """`run` as a CUDA graph, as the engine captures its steps."""
     run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    graph = GraphPool().capture(run)
+    if after_capture is not None:
+        after_capture()
     return graph.replay
 
 

@@ -86,8 +86,7 @@ def _explain(plan: Plan, hardware: HardwareProfile, seconds: float) -> None:
         others.append(f"{len(plan.rejected)} do not fit, such as {plan.rejected[0].layouts}: {plan.rejected[0].reason}")
     logger.info(
         "layouts=auto: %s, max_num_batched_tokens=%d, max_num_seqs=%d, kv_offloading_size=%.1f, "
-        "predicted %.1f s for %d sequences: "
-        "prefill %.1f, decode %.1f at a mean batch of %.0f, "
+        "predicted %.1f s for %d sequences: prefill %.1f, decode %.1f at a mean batch of %.0f, "
         "%d transitions %.1f (%splanned in %.1f s for hardware %s)",
         best.candidate.run.layouts,
         best.candidate.run.max_num_batched_tokens,

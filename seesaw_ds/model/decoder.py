@@ -225,7 +225,7 @@ class DecoderStage(nn.Module):
         them alone. Keys and values are written for all tokens, and all attend, for the attention of fewer would need a
         plan of its own.
         """
-        step = StageStep(places, kv_caches, *self.attention_buffers(hidden_NM))
+        step = self.step(places, kv_caches, self.attention_buffers(hidden_NM))
         flow_NM = hidden_NM
         for index in range(len(self.layers)):
             flow_NM = self.to_attention(index, flow_NM, step)
@@ -236,6 +236,16 @@ class DecoderStage(nn.Module):
         layer = self.layers[index]
         assert isinstance(layer, DecoderLayer)
         return layer
+
+    def step(
+        self,
+        places: Sequence[TokenPlaces],
+        kv_caches: Sequence[torch.Tensor],
+        buffers: tuple[torch.Tensor, torch.Tensor],
+    ) -> StageStep:
+        """A step over the KV of all layers, with `buffers` of `attention_buffers`."""
+        assert len(kv_caches) == len(self.layers), (len(kv_caches), len(self.layers))
+        return StageStep(places, kv_caches, *buffers)
 
     def attention_buffers(self, hidden_NM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for the queries of a step's tokens, and for what attention makes of them."""

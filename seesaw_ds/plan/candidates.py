@@ -201,10 +201,19 @@ def with_fewer_seqs(
     return [item for item in sized if isinstance(item, Candidate)]
 
 
+def _host_block_bytes(run: RunConfig, shape: ModelShape) -> int:
+    """All layers and heads of a KV block."""
+    return shape.kv_block_bytes(shape.num_layers, shape.num_kv_heads, run.kv_block_size, dtype_name(run, shape))
+
+
+def _longest_blocks(run: RunConfig, shape: ModelShape) -> int:
+    """KV blocks of one request of the longest length."""
+    return blocks_for(max_model_len(run, shape), run.kv_block_size)
+
+
 def least_host_gib(run: RunConfig, shape: ModelShape, dp: int) -> float:
     """GiB of host pools, over all replicas, in which each has room for one request of the longest length."""
-    block_bytes = shape.kv_block_bytes(shape.num_layers, shape.num_kv_heads, run.kv_block_size, dtype_name(run, shape))
-    longest = blocks_for(max_model_len(run, shape), run.kv_block_size)
+    block_bytes, longest = _host_block_bytes(run, shape), _longest_blocks(run, shape)
     return dp * (longest + 1) * block_bytes / GIB
 
 
@@ -302,8 +311,7 @@ def what_would_fit(
             f"{budget * num_devices / GIB:.1f} GiB at gpu_memory_utilization={run.gpu_memory_utilization}: "
             f"at least {needed} devices are needed for them, and room for KV besides{enough}"
         )
-    block_bytes = shape.kv_block_bytes(shape.num_layers, shape.num_kv_heads, run.kv_block_size, dtype_name(run, shape))
-    longest = -(-max_model_len(run, shape) // run.kv_block_size)
+    block_bytes, longest = _host_block_bytes(run, shape), _longest_blocks(run, shape)
     if run.num_host_kv_blocks is None and longest * block_bytes > run.kv_offloading_size * GIB:
         return (
             f"kv_offloading_size={run.kv_offloading_size:g}: one request of max_model_len={max_model_len(run, shape)} "

@@ -209,7 +209,7 @@ def _best_in_detail(ranked: list[Simulated], judge: Simulate, pool_seconds: floa
     """
 
     def total(done: Simulated) -> float:
-        return done.seconds + (pool_seconds * _needed_pool(done) if pool_seconds else 0.0)
+        return done.seconds + pool_seconds * _needed_pool(done)
 
     first, *others = _finalists(ranked, total)
     best = judge(first)

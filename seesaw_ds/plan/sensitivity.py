@@ -19,7 +19,7 @@ from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.outcome import TookTooLong
 from seesaw_ds.plan.planner import FIRST_TOKENS
 from seesaw_ds.plan.static_search import CURRENT_ENGINE, StaticEngineKind, best_static_plan
-from seesaw_ds.plan.trials import FINAL, RANKING, simulate
+from seesaw_ds.plan.trials import Trials
 from seesaw_ds.plan.workloads import RequestLength
 from seesaw_ds.shapes import ModelShape
 
@@ -117,6 +117,7 @@ def _best_size(
     first = FIRST_TOKENS[run.mixed_steps]
     weight_reshard = run.weight_reshard if pair.is_nested else "host"
     totals = InputTotals.of(lengths)
+    trials = Trials(shape, hardware, totals, lengths)
     best, seconds = None, math.inf
     for num_seqs in num_seqs_to_try(run, totals.num_requests, pair.dp):
         settings = replace(run, layouts=str(pair), weight_reshard=weight_reshard, max_num_seqs=num_seqs)
@@ -124,8 +125,8 @@ def _best_size(
         for tokens in (first, first // 2, 2 * first):
             with contextlib.suppress(UserError, TookTooLong):
                 candidate = make_candidate(replace(settings, max_num_batched_tokens=tokens), shape, hardware, totals)
-                seconds = simulate(candidate, shape, hardware, totals, lengths, RANKING, seconds).seconds
+                seconds = trials.rank(candidate, seconds).seconds
                 best = candidate
         if best is not None and seconds == least:
             break
-    return None if best is None else simulate(best, shape, hardware, totals, lengths, FINAL).requests_per_second
+    return None if best is None else trials.judge(best).requests_per_second

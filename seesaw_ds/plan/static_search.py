@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from seesaw_ds.config import RunConfig, dtype_name
 from seesaw_ds.layout import LayoutPair, ParallelLayout
-from seesaw_ds.plan.candidates import NUM_SEQS, broken_rule, layout_pairs
+from seesaw_ds.plan.candidates import broken_rule, layout_pairs, num_seqs_to_try
 from seesaw_ds.plan.hardware import HardwareProfile
 from seesaw_ds.plan.outcome import SimulatedRun, TookTooLong
 from seesaw_ds.plan.static_engine import BatchPolicy, HostWork, StaticEngineLimits, run_static_engine
@@ -97,7 +97,7 @@ def best_static_plan(
         except TookTooLong:
             return None
 
-    fewest, *more = sorted({min(num_seqs, run.max_num_seqs) for num_seqs in NUM_SEQS})
+    fewest, *more = reversed(num_seqs_to_try(run, num_requests=run.max_num_seqs, dp=1))
     first: list[StaticPlan] = []
     for layout in layouts:
         last = first[_NUM_FINALISTS - 1].simulated.seconds if len(first) >= _NUM_FINALISTS else math.inf
@@ -107,13 +107,13 @@ def best_static_plan(
     settings = [(BatchPolicy.CHUNKED, tokens) for tokens in CHUNK_TOKENS]
     settings += [(policy, CHUNK_TOKENS[-1]) for policy in (BatchPolicy.PREFILL_FIRST, BatchPolicy.DECODE_FIRST)]
     settings.remove(_FIRST_TRY)
-    best = first[0] if first else None
+    if not first:
+        return None
+    best = first[0]
     for finalist in first[:_NUM_FINALISTS]:
         for policy, tokens in settings:
-            assert best is not None
             best = simulate(finalist.layout, policy, tokens, fewest, best.simulated.seconds) or best
-    for num_seqs in more if best is not None else ():
-        assert best is not None
+    for num_seqs in more:
         faster = simulate(best.layout, best.policy, best.max_num_batched_tokens, num_seqs, best.simulated.seconds)
         if faster is None:
             break

@@ -47,7 +47,6 @@ class PrefillRunner:
         self._slots = slots
         self._feedback = feedback
         self._graphs = graphs
-        self._graph_tokens = 0
         self._device = device
         self._block_size = 0
         self._kv_caches: list[torch.Tensor] = []
@@ -70,7 +69,6 @@ class PrefillRunner:
         """Capture the graphs, if any, over the KV pool in use. Collective over the stage's ranks."""
         if self._graphs is not None:
             self._graphs.capture(self._kv_caches, pool, after_capture)
-            self._graph_tokens = self._graphs.num_tokens
 
     def run(self, command: Prefill, requests: dict[int, SequenceRequest]) -> SampledTokens | None:
         """Compute a micro-batch; on the last stage return its tokens, else None.
@@ -100,7 +98,7 @@ class PrefillRunner:
         return sampled
 
     def _run_layers(self, hidden: torch.Tensor, places: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-        if self._graphs is not None and hidden.shape[0] == self._graph_tokens:
+        if self._graphs is not None and self._graphs.serves(hidden.shape[0]):
             return self._graphs.run(hidden, places, self._attention, rows)
         return self._stage(hidden, self._rotary.places(*places.unbind()), self._attention, self._kv_caches, rows)
 

@@ -7,6 +7,7 @@ needs for 256 tokens of a layer of the 70B shape, and longer than it needs for s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -48,9 +49,9 @@ class SegmentGraphs:
         self._step: StageStep | None = None
         self._residual = self._hidden
 
-    @property
-    def num_tokens(self) -> int:
-        return self._hidden.shape[0]
+    def serves(self, num_tokens: int) -> bool:
+        """Whether micro-batches of so many tokens can run as the graphs; none can before `capture`."""
+        return bool(self._graphs) and num_tokens == self._hidden.shape[0]
 
     def capture(self, kv_caches: Sequence[torch.Tensor], pool: GraphPool, after_capture: Callable[[], None]) -> None:
         """Capture all, over the KV of `kv_caches`, one view a layer. Writes to their first block.
@@ -59,28 +60,19 @@ class SegmentGraphs:
         """
         for buffer in self._buffers:
             buffer.zero_()
-        self._begin(kv_caches)
-        for index in range(len(kv_caches)):
-            self._go_on(index)
-        graphs = []
-        for index in range(len(kv_caches)):
-
-            def segment(index: int = index) -> None:
-                if index == 0:
-                    self._begin(kv_caches)
-                self._go_on(index)
-
-            graphs.append(pool.capture(segment))
+        segments = [partial(self._segment, index, kv_caches) for index in range(len(kv_caches))]
+        for segment in segments:
+            segment()
+        graphs = [pool.capture(segment) for segment in segments]
         after_capture()
         self._graphs = graphs
 
-    def _begin(self, kv_caches: Sequence[torch.Tensor]) -> None:
-        self._residual = self._hidden
-        self._step = StageStep(self._rotary.places(*self._places.unbind()), kv_caches, *self._buffers)
-
-    def _go_on(self, index: int) -> None:
-        # What a segment hands to the next stays referenced until that is captured, so its memory is not given away.
+    def _segment(self, index: int, kv_caches: Sequence[torch.Tensor]) -> None:
+        if index == 0:
+            self._residual = self._hidden
+            self._step = self._stage.step(self._rotary.places(*self._places.unbind()), kv_caches, self._buffers)
         assert self._step is not None
+        # What a segment hands to the next stays referenced until that is captured, so its memory is not given away.
         self._residual = self._stage.to_attention(index, self._residual, self._step)
 
     def run(

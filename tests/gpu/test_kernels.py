@@ -10,11 +10,12 @@ import torch
 
 from seesaw_ds.kv.device_pool import DeviceKVPool, block_numel
 from seesaw_ds.layout import Range, Shard
-from seesaw_ds.model.attention.interface import AttentionBackend, AttentionBatch, AttentionRule
+from seesaw_ds.model.attention.interface import AttentionBatch, AttentionRule
 from seesaw_ds.model.attention.torch_backend import TorchAttention
 from seesaw_ds.model.families.family import Activation
 from seesaw_ds.model.ops.interface import TokenPlaces
 from seesaw_ds.model.ops.torch_ops import TorchOps
+from stages import attended
 
 if TYPE_CHECKING:
     from seesaw_ds.model.attention.row_attention import RowAttention
@@ -115,12 +116,6 @@ def workspace() -> torch.Tensor:
     from seesaw_ds.model.attention.flashinfer_backend import workspace_bytes
 
     return torch.empty(workspace_bytes(8, HEADS, HEAD_DIM), dtype=torch.uint8, device="cuda")
-
-
-def attended(backend: AttentionBackend, queries: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
-    out = torch.full_like(queries, torch.nan)
-    backend.forward(queries, kv_cache, out)
-    return out
 
 
 def attention_error(

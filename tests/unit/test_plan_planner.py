@@ -133,23 +133,23 @@ def test_the_fastest_in_detail_wins_and_equal_runs_are_examined_once():
     ranked = [Simulated(by_layouts[layouts], None, seconds, 500) for layouts, seconds in coarse.items()]
     fine = {("P8", 512): 100.5, ("P8->T4P2", 512): 99.0, ("T2P4->T8", 512): 100.0, ("T4P2->T8", 512): 1.0}
     calls: list[tuple[str, int]] = []
-    best = _best_in_detail(ranked, in_seconds(fine, calls), 0.0)
-    assert best.candidate.run.layouts == "P8->T4P2"
-    assert [layouts for layouts, _ in calls] == ["P8", "P8->T4P2"]
-
-    # Of those that are about as fast the one that needs less of a dear host pool wins.
     run = Simulator(MODEL, A10, pair("P8->T8"), ranked[1].candidate.limits).run(ARXIV[:2])
     shares = {"P8": 0.4, "P8->T8": 0.4, "P8->T4P2": 0.4, "T2P4->T8": 0.3, "T4P2->T8": 0.2, "T8": 0.0}
 
     def with_share(done: Simulated) -> Simulated:
         return replace(done, simulated=replace(run, host_pool_share=shares[done.candidate.run.layouts]))
 
-    calls.clear()
-    judge = in_seconds(fine, calls)
-    best = _best_in_detail(
-        list(map(with_share, ranked)), lambda *arguments: with_share(judge(*arguments)), pool_seconds=0.1
-    )
-    assert best.candidate.run.layouts == "T4P2->T8"
+    def best_in_detail(pool_seconds: float) -> Simulated:
+        calls.clear()
+        judge = in_seconds(fine, calls)
+        return _best_in_detail(
+            list(map(with_share, ranked)), lambda *arguments: with_share(judge(*arguments)), pool_seconds
+        )
+
+    assert best_in_detail(0.0).candidate.run.layouts == "P8->T4P2"
+    assert [layouts for layouts, _ in calls] == ["P8", "P8->T4P2"]
+    # Of those that are about as fast the one that needs less of a dear host pool wins.
+    assert best_in_detail(0.1).candidate.run.layouts == "T4P2->T8"
     assert [layouts for layouts, _ in calls] == ["P8", "T4P2->T8"]
 
 
@@ -289,7 +289,7 @@ def test_more_sequences_at_once_are_taken_where_that_is_faster():
     assert many.best.requests_per_second > 1.05 * few.best.requests_per_second
     assert many.best_static.max_num_seqs > 256
     assert many.best_static.simulated.seconds <= few.best_static.simulated.seconds
-    assert f"max_num_seqs={800}" in plan_table(many)
+    assert "max_num_seqs=800" in plan_table(many)
     assert plan_json(many)["best_static"]["max_num_seqs"] == many.best_static.max_num_seqs
 
 

@@ -8,6 +8,7 @@ import torch
 
 from seesaw_ds.model.attention.interface import AttentionBatch, AttentionRule
 from seesaw_ds.model.attention.torch_backend import TorchAttention
+from stages import attended
 
 NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, NUM_BLOCKS = 2, 8, 4, 40
 PLAIN = AttentionRule(scale=HEAD_DIM**-0.5)
@@ -57,12 +58,6 @@ class PagedSequences:
                     out[row, head] = scores.softmax(dim=0) @ values
                 row += 1
         return out
-
-
-def attended(attention: TorchAttention, q: torch.Tensor, kv_cache: torch.Tensor) -> torch.Tensor:
-    out = torch.full_like(q, torch.nan)
-    attention.forward(q, kv_cache, out)
-    return out
 
 
 @pytest.mark.parametrize("num_heads", [2, 6])
