@@ -96,6 +96,7 @@ class MicroBatch:
         self.attention = backends.make_attention(Phase.PREFILL, 1, torch.empty(0))
         for attention in self.attention:
             attention.plan(batch)
+        self.batch = batch
         self.rotary = ModelRotation(read_hf_config(folder), shape, CPU)
         self.hidden = torch.randn(sum(QUERY_LENS), shape.hidden_size, generator=generator)
         pool = (shape.num_layers, batch.block_tables.size, 2, shape.num_kv_heads, BLOCK_SIZE, shape.head_dim)

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from seesaw_ds.layout import Phase
-from seesaw_ds.model.attention.interface import AttentionBackend, AttentionRule
+from seesaw_ds.model.attention.interface import AttentionBackend, AttentionRule, FixedAttention
 from seesaw_ds.model.attention.torch_backend import TorchAttention
 from seesaw_ds.model.ops.interface import LayerOps
 from seesaw_ds.model.ops.torch_ops import TorchOps
@@ -62,6 +62,11 @@ class TorchBackends:
     ) -> tuple[AttentionBackend, ...]:
         return tuple(TorchAttention(rule, self.block_size, self.device) for rule in _rules(self.shape))
 
+    def make_fixed_attention(
+        self, tp: int, workspace: torch.Tensor, num_tokens: int, max_num_rows: int, max_num_blocks: int
+    ) -> tuple[FixedAttention, ...]:
+        return ()
+
 
 @dataclass(frozen=True)
 class CudaBackends:
@@ -110,6 +115,19 @@ class CudaBackends:
         sizes = (self.block_size, max_num_seqs, max_num_blocks)
         return tuple(make_decode(rule, *heads, *sizes, workspace, self.dtype, self.device) for rule in rules)
 
+    def make_fixed_attention(
+        self, tp: int, workspace: torch.Tensor, num_tokens: int, max_num_rows: int, max_num_blocks: int
+    ) -> tuple[FixedAttention, ...]:
+        from seesaw_ds.model.attention.flashinfer_backend import make_fixed_prefill
+
+        heads = (self.shape.num_heads // tp, self.shape.num_kv_heads // tp, self.shape.head_dim)
+        sizes = (self.block_size, num_tokens, max_num_rows, max_num_blocks)
+        made = [
+            make_fixed_prefill(rule, *heads, *sizes, workspace, self.dtype, self.device) for rule in _rules(self.shape)
+        ]
+        fixed = tuple(attention for attention in made if attention is not None)
+        return fixed if len(fixed) == len(made) else ()
+
 
 class Backends(Protocol):
     """`ops` for every layer, `draw` for the sampler, and for each phase an attention backend for each attention kind.
@@ -137,6 +155,12 @@ class Backends(Protocol):
     def make_attention(
         self, phase: Phase, tp: int, workspace: torch.Tensor, max_num_seqs: int = 0, max_num_blocks: int = 0
     ) -> tuple[AttentionBackend, ...]: ...
+
+    def make_fixed_attention(
+        self, tp: int, workspace: torch.Tensor, num_tokens: int, max_num_rows: int, max_num_blocks: int
+    ) -> tuple[FixedAttention, ...]:
+        """Attention, of each kind, for prefill micro-batches of `num_tokens` tokens with at most so many decode rows,
+        and blocks of all their sequences. None at all where plans of some kind cannot stay in place."""
 
 
 def choose_backends(shape: ModelShape, block_size: int, dtype: torch.dtype, device: torch.device) -> Backends:

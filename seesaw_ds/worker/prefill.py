@@ -26,7 +26,7 @@ from seesaw_ds.worker.slots import DecodingSlots, StepSlots, TokenFeedback
 class PrefillRunner:
     """Runs micro-batches in the prefill layout. Tokens stand in this order: decode rows, then the chunks'.
 
-    Those of as many tokens as `graphs` are for, once captured, run as these; the rest kernel by kernel.
+    Those that `graphs` serve, once captured, run as these; the rest kernel by kernel.
     """
 
     def __init__(
@@ -79,13 +79,20 @@ class PrefillRunner:
         chunks = command.chunks
         slots = None if command.rows is None else self._slots.step(command.rows)
         prompts = [requests[chunk.seq_id].prompt_token_ids for chunk in chunks]
-        places = self._plan(chunks, prompts, slots)
+        batch, places = self._lay_out(chunks, prompts, slots)
+        graphs = self._graphs if self._graphs is not None and self._graphs.serves(batch) else None
+        for attention in (graphs.attention if graphs is not None else ()) or self._attention:
+            attention.plan(batch)
         if groups.is_first_stage:
             hidden = self._stage.embed(self._token_ids(chunks, prompts, slots))
         else:
             hidden = self._link.recv_hidden(places.shape[1])
         rows = self._rows_to_sample(chunks, slots) if groups.is_last_stage else None
-        hidden = self._run_layers(hidden, places, rows)
+        if graphs is not None:
+            hidden = graphs.run(hidden, places, self._attention, rows)
+        else:
+            rotated = self._rotary.places(*places.unbind())
+            hidden = self._stage(hidden, rotated, self._attention, self._kv_caches, rows)
         sampled = None
         if groups.is_last_stage:
             sampled = self._sample(chunks, hidden, requests, slots)
@@ -97,15 +104,10 @@ class PrefillRunner:
             self._slots.advance(slots)
         return sampled
 
-    def _run_layers(self, hidden: torch.Tensor, places: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-        if self._graphs is not None and self._graphs.serves(hidden.shape[0]):
-            return self._graphs.run(hidden, places, self._attention, rows)
-        return self._stage(hidden, self._rotary.places(*places.unbind()), self._attention, self._kv_caches, rows)
-
-    def _plan(
+    def _lay_out(
         self, chunks: tuple[PrefillChunk, ...], prompts: list[tuple[int, ...]], slots: StepSlots | None
-    ) -> torch.Tensor:
-        """Plan the micro-batch's attention; where its N tokens stand, (4, N) as `ModelRotation.places` takes them."""
+    ) -> tuple[AttentionBatch, torch.Tensor]:
+        """The micro-batch for attention; where its N tokens stand, (4, N) as `ModelRotation.places` takes them."""
         num_rows = 0 if slots is None else len(slots)
         query_lens = np.ones(num_rows + len(chunks), dtype=np.int32)
         query_lens[num_rows:] = [chunk.num_tokens for chunk in chunks]
@@ -126,16 +128,13 @@ class PrefillRunner:
             tables[:num_rows, : used.shape[1]] = used
         for row, chunk in enumerate(chunks, start=num_rows):
             tables[row, : len(chunk.block_ids)] = chunk.block_ids
-        kv_lens = starts + query_lens
-        for attention in self._attention:
-            attention.plan(AttentionBatch(query_lens, kv_lens, tables, num_rows))
 
         rows = np.repeat(np.arange(len(query_lens)), query_lens)
         first = np.cumsum(query_lens) - query_lens
         positions = np.arange(len(rows)) - (first - starts)[rows]
         blocks = tables[rows, positions // self._block_size]
         places = np.stack((positions, lengths[rows], blocks, positions % self._block_size)).astype(np.int64)
-        return to_device(places, self._device)
+        return AttentionBatch(query_lens, starts + query_lens, tables, num_rows), to_device(places, self._device)
 
     def _token_ids(
         self, chunks: tuple[PrefillChunk, ...], prompts: list[tuple[int, ...]], slots: StepSlots | None

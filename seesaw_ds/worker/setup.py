@@ -194,8 +194,13 @@ class _EngineBuilder:
         is_too_large = num_tokens > MOST_TOKENS or num_tokens * hidden_size * self._dtype.itemsize > most_bytes
         if is_too_large or not self._backends.has_graphs:
             return None
+        # No two sequences of a micro-batch have a block in common.
+        num_blocks = max(self._sizes.num_gpu_blocks, blocks_for(num_tokens, self._run.kv_block_size))
+        attention = self._backends.make_fixed_attention(
+            self._layouts.prefill.tp, self._scratch, num_tokens, self._most_rows(Phase.PREFILL), num_blocks
+        )
         stage = self._stages[Phase.PREFILL]
-        return SegmentGraphs(stage, self._rotary, hidden_size, num_tokens, self._dtype, self._device)
+        return SegmentGraphs(stage, self._rotary, hidden_size, num_tokens, attention, self._dtype, self._device)
 
     def tune_products(self) -> None:
         """For the decode steps that will be captured. Before memory is measured, for this takes a workspace."""

@@ -240,6 +240,43 @@ def test_a_captured_step_replays_with_a_new_plan(is_own: bool) -> None:
         assert relative_error(out, attended(reference, queries.float(), kv_cache.float())) < 1e-2
 
 
+@HOPPER
+def test_captured_prefill_replays_with_a_new_plan() -> None:
+    from seesaw_ds.model.attention.flashinfer_backend import make_fixed_prefill
+    from seesaw_ds.worker.graphs import GraphPool
+
+    device, num_tokens, num_blocks = torch.device("cuda"), 320, 1000
+    sizes = (HEADS, KV_HEADS, HEAD_DIM, BLOCK, num_tokens, 30, num_blocks)
+    fixed = make_fixed_prefill(PLAIN, *sizes, workspace(), torch.bfloat16, device)
+    assert fixed is not None
+    reference = TorchAttention(PLAIN, BLOCK, device)
+    kv_cache = layer_of_a_pool(num_blocks)
+    queries, out = random(num_tokens, HEADS, HEAD_DIM), random(num_tokens, HEADS, HEAD_DIM)
+    fixed.plan(make_batch([num_tokens], [num_tokens], num_blocks))
+    fixed.forward(queries, kv_cache, out)
+    graph = GraphPool().capture(lambda: fixed.forward(queries, kv_cache, out))
+    batches = [
+        make_batch([1, 1, 1, 300, 17], [700, 1, 33, 300, 900], num_blocks, num_rows=3),
+        make_batch([320], [2000], num_blocks),
+        make_batch([1] * 30 + [100, 8, 1, 181], [*range(1, 301, 10), 170, 8, 5, 181], num_blocks, num_rows=30),
+        make_batch([8] * 40, [8] * 40, num_blocks),
+        make_batch([1, 319], [2000, 319], num_blocks, num_rows=1),
+    ]
+    for batch in batches * 2:
+        assert fixed.fits(batch)
+        fixed.plan(batch)
+        out.fill_(torch.nan)
+        queries.copy_(random(num_tokens, HEADS, HEAD_DIM))
+        graph.replay()
+        reference.plan(batch)
+        assert relative_error(out, attended(reference, queries.float(), kv_cache.float())) < 1e-2
+
+    assert not fixed.fits(make_batch([319], [319], num_blocks))
+    assert not fixed.fits(make_batch([8] * 39 + [4] * 2, [8] * 41, num_blocks)), "too many chunks"
+    assert not fixed.fits(make_batch([1] * 31 + [289], [1] * 31 + [289], num_blocks, num_rows=31)), "too many rows"
+    assert not fixed.fits(make_batch([1] * 320, [1] * 320, num_blocks, num_rows=320)), "no chunk"
+
+
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_kernels_that_attention_loads_are_those_compiled_beforehand(rule: AttentionRule) -> None:
     from flashinfer.jit.core import jit_spec_registry

@@ -1,4 +1,4 @@
-"""Micro-batches by the graphs of their segments: what the stage computes kernel by kernel."""
+"""Micro-batches as graphs, of all layers or of the segments between attention: what the stage computes by kernel."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from seesaw_ds.worker.graphs import GraphPool
 from seesaw_ds.worker.segments import SegmentGraphs
 from stages import make_stage, plan
 
+HOPPER = pytest.mark.gpu(1, capability=(9, 0))
 BLOCK_SIZE, NUM_TOKENS = 16, 64
 # Of each micro-batch: tokens of each sequence, and how many they are with those before; decode rows first.
 MICRO_BATCHES = [
@@ -25,6 +26,7 @@ MICRO_BATCHES = [
 ]
 
 
+@pytest.mark.parametrize("is_fixed", [False, pytest.param(True, marks=HOPPER)], ids=["segments", "whole"])
 @pytest.mark.parametrize("rows", [None, [0, 2, 63]], ids=["all", "some"])
 @pytest.mark.parametrize(
     "architecture",
@@ -32,10 +34,12 @@ MICRO_BATCHES = [
         "LlamaForCausalLM",
         "Qwen3ForCausalLM",
         "Olmo2ForCausalLM",
-        pytest.param("MixtralForCausalLM", marks=pytest.mark.gpu(1, capability=(9, 0))),  # experts are captured there
+        pytest.param("MixtralForCausalLM", marks=HOPPER),  # experts are captured there
     ],
 )
-def test_graphs_compute_what_the_stage_does(tmp_path: Path, architecture: str, rows: list[int] | None) -> None:
+def test_graphs_compute_what_the_stage_does(
+    tmp_path: Path, architecture: str, rows: list[int] | None, is_fixed: bool
+) -> None:
     device, dtype = torch.device("cuda"), torch.bfloat16
     make_family(tmp_path, architecture, head_dim=128, hidden_size=256, intermediate_size=512)
     shape = model_shape(read_hf_config(tmp_path))
@@ -51,7 +55,9 @@ def test_graphs_compute_what_the_stage_does(tmp_path: Path, architecture: str, r
         [memory[:, :, layer].transpose(1, 2) for layer in range(shape.num_layers)] for memory in (pool, expected_pool)
     )
     untouched = pool.clone()
-    graphs = SegmentGraphs(stage, rotary, shape.hidden_size, NUM_TOKENS, dtype, device)
+    fixed = backends.make_fixed_attention(1, workspace, NUM_TOKENS, 40, 1000) if is_fixed else ()
+    assert len(fixed) == (len(attention) if is_fixed else 0)
+    graphs = SegmentGraphs(stage, rotary, shape.hidden_size, NUM_TOKENS, fixed, dtype, device)
     with torch.inference_mode():
         graphs.capture(kv_caches, GraphPool(), lambda: None)
     pool.copy_(untouched)
@@ -61,7 +67,8 @@ def test_graphs_compute_what_the_stage_does(tmp_path: Path, architecture: str, r
         batch, places = plan(query_lens, kv_lens, query_lens.count(1), BLOCK_SIZE)
         places = places.to(device)
         hidden = torch.randn((NUM_TOKENS, shape.hidden_size), device=device).to(dtype)
-        for backend in attention:
+        assert graphs.serves(batch)
+        for backend in attention + fixed:
             backend.plan(batch)
         with torch.inference_mode():
             expected = stage(hidden.clone(), rotary.places(*places.unbind()), attention, expected_caches, index)

@@ -16,7 +16,7 @@ FIRST_BLOCK = 7
 def plan_of(kv_lens: list[int], num_kv_heads: int, num_ctas: int) -> RowPlan:
     """With blocks that count up from FIRST_BLOCK, row after row."""
     num_pages = [-(-kv_len // PAGE) for kv_len in kv_lens]
-    tables = np.zeros((len(kv_lens), max(num_pages) + 1), np.int32)
+    tables = np.zeros((len(kv_lens), max(num_pages, default=0) + 1), np.int32)
     first = FIRST_BLOCK
     for row, count in enumerate(num_pages):
         tables[row, :count] = np.arange(first, first + count)
@@ -93,7 +93,7 @@ def test_short_rows_of_few_units_are_not_cut_between_ctas() -> None:
 
 
 def test_a_packed_plan_has_its_parts_at_the_same_places_for_any_number_of_rows() -> None:
-    for kv_lens in ([20, 40], [100] * 5):
+    for kv_lens in ([], [20, 40], [100] * 5):
         plan = plan_of(kv_lens, 2, 3)
         packed = plan.packed(max_num_rows=5)
         assert len(packed) == packed_size(3, 5, len(plan.blocks))

@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper
 
-from seesaw_ds.model.attention.interface import AttentionBackend, AttentionBatch, AttentionRule
+from seesaw_ds.model.attention.interface import AttentionBackend, AttentionBatch, AttentionRule, FixedAttention
 from seesaw_ds.model.attention.row_attention import RowAttention, make_row_attention
 from seesaw_ds.parallel.device import to_device
 
 _CHUNK_BYTES = 256 << 20
 _PLAN_BYTES = 8 << 20
 _ROW_BYTES = 128 << 20
+# Tokens of a prompt's part in a micro-batch, in the mean over all parts; shorter ones still run, but not as a graph.
+_LEAST_CHUNK = 8
 # Partial results of sequences whose KV is split over several blocks of threads: FlashInfer 0.6.14 was seen to ask for
 # 24 float32 copies of a step's output.
 _SPLIT_COPIES = 24
@@ -173,6 +175,85 @@ class FlashInferPrefill:
             self._chunks.run(q_NHD[self._num_rows :], kv_cache, out=out_NHD[self._num_rows :])
 
 
+class FlashInferFixedPrefill:
+    """As `FlashInferPrefill`, for batches of `num_tokens` tokens; a `FixedAttention`.
+
+    Both kernels get all tokens, and from their plans know which are theirs. There may be a chunk for each 8 tokens, and
+    as many sequences and blocks as `rows`, which was made with `room`, has room for.
+    """
+
+    def __init__(
+        self,
+        rule: AttentionRule,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        num_tokens: int,
+        room: tuple[int, int],
+        rows: RowAttention,
+        workspace: torch.Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._settings = _settings(rule, dtype)
+        self._heads = (num_heads, num_kv_heads, head_dim)
+        self._block_size = block_size
+        self._num_tokens = num_tokens
+        self._room = room
+        self._rows = rows
+        self._device = device
+        self._most_chunks = -(-num_tokens // _LEAST_CHUNK)
+        offsets, blocks = self._most_chunks + 1, room[1]
+        self._chunks = BatchPrefillWithPagedKVCacheWrapper(
+            workspace,
+            "HND",
+            use_cuda_graph=True,
+            qo_indptr_buf=torch.zeros(offsets, dtype=torch.int32, device=device),
+            paged_kv_indptr_buf=torch.zeros(offsets, dtype=torch.int32, device=device),
+            paged_kv_indices_buf=torch.zeros(blocks, dtype=torch.int32, device=device),
+            paged_kv_last_page_len_buf=torch.zeros(self._most_chunks, dtype=torch.int32, device=device),
+        )
+        self._fence = _PlanFence()
+
+    def fits(self, batch: AttentionBatch) -> bool:
+        num_rows = batch.num_decode_rows
+        num_blocks = int((-(-batch.kv_lens // self._block_size)).sum())
+        return (
+            int(batch.query_lens.sum()) == self._num_tokens
+            and 0 < len(batch.query_lens) - num_rows <= self._most_chunks
+            and num_rows <= self._room[0]
+            and num_blocks <= self._room[1]
+        )
+
+    def plan(self, batch: AttentionBatch) -> None:
+        num_rows, kv_lens, tables = batch.num_decode_rows, batch.kv_lens, batch.block_tables
+        self._rows.plan(AttentionBatch(batch.query_lens[:num_rows], kv_lens[:num_rows], tables[:num_rows], num_rows))
+        offsets, blocks, last_lens = _pages(kv_lens[num_rows:], tables[num_rows:], self._block_size)
+        # The other chunks that there could be have no tokens, and begin and end where the last one ends.
+        num_others = self._most_chunks - len(last_lens)
+        query_offsets = np.full(self._most_chunks + 1, self._num_tokens, dtype=np.int32)
+        query_offsets[0] = num_rows
+        query_offsets[1 : len(last_lens) + 1] = num_rows + np.cumsum(batch.query_lens[num_rows:])
+        self._fence.wait()
+        self._chunks.plan(
+            torch.from_numpy(query_offsets),
+            torch.from_numpy(np.pad(offsets, (0, num_others), mode="edge")),
+            to_device(blocks, self._device),
+            torch.from_numpy(np.pad(last_lens, (0, num_others))),
+            *self._heads,
+            self._block_size,
+            causal=True,
+            seq_lens=torch.from_numpy(np.pad(kv_lens[num_rows:], (0, num_others))),
+            **self._settings,
+        )
+        self._fence.record()
+
+    def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor, out_NHD: torch.Tensor) -> None:
+        self._rows.forward(q_NHD, kv_cache, out_NHD)
+        self._chunks.run(q_NHD, kv_cache, out=out_NHD)
+
+
 class FlashInferDecode:
     """One token a sequence. For each batch size one wrapper, over buffers that stay in place, so that CUDA graphs
     captured at that size can be replayed after another `plan`. `workspace` as above."""
@@ -225,6 +306,27 @@ class FlashInferDecode:
             wrapper.reset_workspace_buffer(self._workspace, self._plan)
             self._wrappers[num_seqs] = (wrapper, _PlanFence())
         return self._wrappers[num_seqs]
+
+
+def make_fixed_prefill(
+    rule: AttentionRule,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    num_tokens: int,
+    max_num_rows: int,
+    max_num_blocks: int,
+    workspace: torch.Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> FixedAttention | None:
+    """A `FlashInferFixedPrefill` where decode rows have `RowAttention`, else None."""
+    shape, room = (num_heads, num_kv_heads, head_dim, block_size), (max_num_rows, max_num_blocks)
+    rows = make_row_attention(rule, *shape, device, room)
+    if rows is None:
+        return None
+    return FlashInferFixedPrefill(rule, *shape, num_tokens, room, rows, workspace, dtype, device)
 
 
 def make_decode(

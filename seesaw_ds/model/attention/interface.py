@@ -53,3 +53,10 @@ class AttentionBackend(Protocol):
 
         `kv_cache` is the layer's (blocks, 2, K, S, D) view, K and V in the second dim.
         """
+
+
+class FixedAttention(AttentionBackend, Protocol):
+    """For batches of one size. Its plan stays in place: a CUDA graph captured after one is replayed after another."""
+
+    def fits(self, batch: AttentionBatch) -> bool:
+        """Whether this can be planned."""

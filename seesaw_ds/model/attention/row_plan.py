@@ -69,6 +69,10 @@ def packed_size(num_ctas: int, max_num_rows: int, max_num_blocks: int) -> int:
 
 def plan_rows(kv_lens: np.ndarray, block_tables: np.ndarray, num_kv_heads: int, num_ctas: int) -> RowPlan:
     """Plan for rows of `kv_lens` tokens (B,), one at least, with `block_tables` (B, any), as in `AttentionBatch`."""
+    shares = np.zeros((num_ctas, WARPS, 8), np.int32)
+    splits = np.zeros((num_ctas, 4), np.int32)
+    if len(kv_lens) == 0:
+        return RowPlan(shares, splits, np.zeros((0, 2), np.int32), np.zeros(0, np.int32))
     num_pages = -(-kv_lens.astype(np.int64) // PAGE)
     first_blocks = np.zeros(len(num_pages) + 1, np.int64)
     np.cumsum(num_pages, out=first_blocks[1:])
@@ -86,10 +90,8 @@ def plan_rows(kv_lens: np.ndarray, block_tables: np.ndarray, num_kv_heads: int, 
     first = first_blocks[row] + page
     second = np.minimum(first + 1, len(blocks) - 1)
     columns = (row, head, page, counts[is_busy], first_blocks[row], kv_lens[row], blocks[first], blocks[second])
-    shares = np.zeros((num_ctas, WARPS, 8), np.int32)
     shares[:num_cut][is_busy] = np.stack(columns, axis=1)
 
-    splits = np.zeros((num_ctas, 4), np.int32)
     first_cta, last_cta = places.ctas_of_unit_at(cuts[:-1], cuts)
     splits[:num_cut, 0], splits[:num_cut, 1] = first_cta, last_cta - first_cta + 1
     first_cta, last_cta = places.ctas_of_unit_at(cuts[1:] - 1, cuts)
