@@ -106,8 +106,7 @@ class CudaBackends:
     ) -> tuple[AttentionBackend, ...]:
         from seesaw_ds.model.attention.flashinfer_backend import FlashInferPrefill, make_decode
 
-        heads = (self.shape.num_heads // tp, self.shape.num_kv_heads // tp, self.shape.head_dim)
-        rules = _rules(self.shape)
+        heads, rules = self._heads(tp), _rules(self.shape)
         if phase is Phase.PREFILL:
             return tuple(
                 FlashInferPrefill(rule, *heads, self.block_size, workspace, self.dtype, self.device) for rule in rules
@@ -115,16 +114,17 @@ class CudaBackends:
         sizes = (self.block_size, max_num_seqs, max_num_blocks)
         return tuple(make_decode(rule, *heads, *sizes, workspace, self.dtype, self.device) for rule in rules)
 
+    def _heads(self, tp: int) -> tuple[int, int, int]:
+        """A rank's query and KV heads, and their size."""
+        return self.shape.num_heads // tp, self.shape.num_kv_heads // tp, self.shape.head_dim
+
     def make_fixed_attention(
         self, tp: int, workspace: torch.Tensor, num_tokens: int, max_num_rows: int, max_num_blocks: int
     ) -> tuple[FixedAttention, ...]:
         from seesaw_ds.model.attention.flashinfer_backend import make_fixed_prefill
 
-        heads = (self.shape.num_heads // tp, self.shape.num_kv_heads // tp, self.shape.head_dim)
-        sizes = (self.block_size, num_tokens, max_num_rows, max_num_blocks)
-        made = [
-            make_fixed_prefill(rule, *heads, *sizes, workspace, self.dtype, self.device) for rule in _rules(self.shape)
-        ]
+        sizes = (*self._heads(tp), self.block_size, num_tokens, max_num_rows, max_num_blocks)
+        made = [make_fixed_prefill(rule, *sizes, workspace, self.dtype, self.device) for rule in _rules(self.shape)]
         fixed = tuple(attention for attention in made if attention is not None)
         return fixed if len(fixed) == len(made) else ()
 

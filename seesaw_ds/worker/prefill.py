@@ -81,18 +81,19 @@ class PrefillRunner:
         prompts = [requests[chunk.seq_id].prompt_token_ids for chunk in chunks]
         batch, places = self._lay_out(chunks, prompts, slots)
         graphs = self._graphs if self._graphs is not None and self._graphs.serves(batch) else None
-        for attention in (graphs.attention if graphs is not None else ()) or self._attention:
-            attention.plan(batch)
+        attention = graphs.attention if graphs is not None and graphs.attention else self._attention
+        for backend in attention:
+            backend.plan(batch)
         if groups.is_first_stage:
             hidden = self._stage.embed(self._token_ids(chunks, prompts, slots))
         else:
             hidden = self._link.recv_hidden(places.shape[1])
         rows = self._rows_to_sample(chunks, slots) if groups.is_last_stage else None
         if graphs is not None:
-            hidden = graphs.run(hidden, places, self._attention, rows)
+            hidden = graphs.run(hidden, places, attention, rows)
         else:
             rotated = self._rotary.places(*places.unbind())
-            hidden = self._stage(hidden, rotated, self._attention, self._kv_caches, rows)
+            hidden = self._stage(hidden, rotated, attention, self._kv_caches, rows)
         sampled = None
         if groups.is_last_stage:
             sampled = self._sample(chunks, hidden, requests, slots)

@@ -105,7 +105,7 @@ class SegmentGraphs:
         rows_R: torch.Tensor | None,
     ) -> torch.Tensor:
         """As `DecoderStage.forward`, for a micro-batch that is served; `places` (4, N) as `ModelRotation.places` takes
-        them. What is planned is `self.attention`, if there is any, else `attention`.
+        them. `attention` is what is planned: `self.attention`, if there is any.
         """
         assert self._step is not None, "capture() comes before run()"
         self._hidden.copy_(hidden_NM)

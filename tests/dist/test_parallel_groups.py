@@ -64,6 +64,8 @@ def switch_phases(text: str) -> None:
     first = dist.get_rank() // layouts.replica_size * layouts.replica_size
     assert state.replica_ranks == tuple(range(first, first + layouts.replica_size))
     assert dist.get_process_group_ranks(state.replica) == list(state.replica_ranks)
+    spanning = [state[phase].tp for phase in (Phase.DECODE, Phase.PREFILL) if layouts[phase].tp == layouts.replica_size]
+    assert not spanning or state.replica is spanning[0]
 
 
 @pytest.mark.parametrize("text", ["P2->T2", "T2->P2", "T2", "T2P2->T4", "P4->T2P2", "D2P2->D2T2"])
