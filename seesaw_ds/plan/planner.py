@@ -48,7 +48,7 @@ STATIC_TOKENS = 500_000
 
 # The fastest pairs at first try other micro-batch sizes: so many, if they are not this much slower than the best.
 _MAX_TUNED = 3
-_TUNED_WITHIN = 0.1
+_TUNED_WITHIN = 0.05
 # Settings that are simulated in detail: the fastest ones, if they are not this much slower than the first.
 _MAX_FINALISTS = 2
 _FINALISTS_WITHIN = 0.015

@@ -114,7 +114,7 @@ def in_seconds(seconds: dict[tuple[str, int], float], calls: list[tuple[str, int
 
 def test_pairs_not_far_behind_try_other_micro_batch_sizes():
     candidates, _ = find_candidates(RUN, MODEL, A10, 8, 8, InputTotals.of(ARXIV))
-    seconds = {("P8->T8", 512): 900.0, ("P8->T4P2", 512): 950.0, ("T2P4->T8", 512): 1200.0}
+    seconds = {("P8->T8", 512): 900.0, ("P8->T4P2", 512): 940.0, ("T2P4->T8", 512): 950.0}
     seconds |= {("P8->T8", 256): 920.0, ("P8->T8", 1024): 890.0, ("P8->T8", 2048): 890.0, ("P8->T4P2", 256): 880.0}
     calls: list[tuple[str, int]] = []
     ranked, pruned = _search(candidates, in_seconds(seconds, calls))
