@@ -64,7 +64,7 @@ class ParallelState:
             else:
                 self._build(phase, layouts[phase])
         self.replica_ranks = _replica_ranks(layouts)
-        # A communicator takes up to a GiB of each device: a group of the same ranks serves for the replica too.
+        # A communicator takes up to half a GiB of each device: a group of the same ranks serves for the replica too.
         spanning = [phase for phase in (Phase.DECODE, Phase.PREFILL) if layouts[phase].tp == layouts.replica_size]
         self.replica = self._groups[spanning[0]].tp if spanning else _replica_group(layouts)
         self.activate(Phase.PREFILL)

@@ -113,6 +113,71 @@ class _FlashInferRows:
         self._wrapper.run(q_NHD, kv_cache, out=out_NHD)
 
 
+class _FlashInferChunks:
+    """Chunks of prompts, of any lengths.
+
+    With `room`, (chunks, blocks of all together) at most, the plan stays in place, as that of `RowAttention` does.
+    """
+
+    def __init__(
+        self,
+        rule: AttentionRule,
+        heads: tuple[int, int, int],
+        block_size: int,
+        workspace: torch.Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
+        room: tuple[int, int] | None = None,
+    ) -> None:
+        self._settings = _settings(rule, dtype)
+        self._heads = heads
+        self._block_size = block_size
+        self._device = device
+        self._room_for_chunks = 0
+        buffers = {}
+        if room is not None:
+            self._room_for_chunks = room[0]
+            sizes = {"qo_indptr": room[0] + 1, "paged_kv_indptr": room[0] + 1}
+            sizes |= {"paged_kv_indices": room[1], "paged_kv_last_page_len": room[0]}
+            buffers = {f"{name}_buf": torch.zeros(n, dtype=torch.int32, device=device) for name, n in sizes.items()}
+        self._wrapper = BatchPrefillWithPagedKVCacheWrapper(
+            workspace, "HND", use_cuda_graph=room is not None, **buffers
+        )
+        self._fence = _PlanFence()
+
+    def plan(self, batch: AttentionBatch, first_token: int = 0) -> None:
+        """Plan for chunks alone; `forward` gets `first_token` tokens before theirs."""
+        offsets, blocks, last_lens = _pages(batch.kv_lens, batch.block_tables, self._block_size)
+        query_offsets = np.full(len(batch.query_lens) + 1, first_token, dtype=np.int32)
+        query_offsets[1:] += np.cumsum(batch.query_lens, dtype=np.int32)
+        # The other chunks that there is room for have no tokens, and begin and end where the last one ends.
+        others = (0, max(0, self._room_for_chunks - len(last_lens)))
+        self._fence.wait()
+        self._wrapper.plan(
+            torch.from_numpy(np.pad(query_offsets, others, mode="edge")),
+            torch.from_numpy(np.pad(offsets, others, mode="edge")),
+            to_device(blocks, self._device),
+            torch.from_numpy(np.pad(last_lens, others)),
+            *self._heads,
+            self._block_size,
+            causal=True,
+            seq_lens=torch.from_numpy(np.pad(batch.kv_lens, others)),
+            **self._settings,
+        )
+        self._fence.record()
+
+    def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor, out_NHD: torch.Tensor) -> None:
+        self._wrapper.run(q_NHD, kv_cache, out=out_NHD)
+
+
+def _split(batch: AttentionBatch) -> tuple[AttentionBatch, AttentionBatch]:
+    """The decode rows of a prefill batch, and the chunks that follow them."""
+    num_rows = batch.num_decode_rows
+    query_lens, kv_lens, tables = batch.query_lens, batch.kv_lens, batch.block_tables
+    rows = AttentionBatch(query_lens[:num_rows], kv_lens[:num_rows], tables[:num_rows], num_rows)
+    return rows, AttentionBatch(query_lens[num_rows:], kv_lens[num_rows:], tables[num_rows:])
+
+
 class FlashInferPrefill:
     """Chunks of prompts, of any lengths, after decode rows; causal, each attends to what its sequence has in the cache.
 
@@ -131,127 +196,72 @@ class FlashInferPrefill:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._settings = _settings(rule, dtype)
-        self._heads = (num_heads, num_kv_heads, head_dim)
-        self._block_size = block_size
-        self._device = device
+        heads = (num_heads, num_kv_heads, head_dim)
         self._num_rows = 0
         self._has_chunks = False
-        self._chunks = BatchPrefillWithPagedKVCacheWrapper(workspace, "HND")
-        self._fence = _PlanFence()
+        self._chunks = _FlashInferChunks(rule, heads, block_size, workspace, dtype, device)
         self._rows: RowAttention | _FlashInferRows = make_row_attention(
-            rule, *self._heads, block_size, device
-        ) or _FlashInferRows(rule, self._heads, block_size, workspace, dtype, device)
+            rule, *heads, block_size, device
+        ) or _FlashInferRows(rule, heads, block_size, workspace, dtype, device)
 
     def plan(self, batch: AttentionBatch) -> None:
-        num_rows = batch.num_decode_rows
-        self._num_rows = num_rows
-        self._has_chunks = num_rows < len(batch.query_lens)
-        query_lens, kv_lens, tables = batch.query_lens, batch.kv_lens, batch.block_tables
-        if num_rows:
-            self._rows.plan(AttentionBatch(query_lens[:num_rows], kv_lens[:num_rows], tables[:num_rows], num_rows))
+        rows, chunks = _split(batch)
+        self._num_rows = batch.num_decode_rows
+        self._has_chunks = len(chunks.query_lens) > 0
+        if self._num_rows:
+            self._rows.plan(rows)
         if self._has_chunks:
-            query_lens = query_lens[num_rows:]
-            offsets, blocks, last_lens = _pages(kv_lens[num_rows:], tables[num_rows:], self._block_size)
-            query_offsets = np.zeros(len(query_lens) + 1, dtype=np.int32)
-            np.cumsum(query_lens, out=query_offsets[1:])
-            self._fence.wait()
-            self._chunks.plan(
-                torch.from_numpy(query_offsets),
-                torch.from_numpy(offsets),
-                to_device(blocks, self._device),
-                torch.from_numpy(last_lens),
-                *self._heads,
-                self._block_size,
-                causal=True,
-                **self._settings,
-            )
-            self._fence.record()
+            self._chunks.plan(chunks)
 
     def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor, out_NHD: torch.Tensor) -> None:
         if self._num_rows:
             self._rows.forward(q_NHD[: self._num_rows], kv_cache, out_NHD[: self._num_rows])
         if self._has_chunks:
-            self._chunks.run(q_NHD[self._num_rows :], kv_cache, out=out_NHD[self._num_rows :])
+            self._chunks.forward(q_NHD[self._num_rows :], kv_cache, out_NHD[self._num_rows :])
 
 
 class FlashInferFixedPrefill:
     """As `FlashInferPrefill`, for batches of `num_tokens` tokens; a `FixedAttention`.
 
-    Both kernels get all tokens, and from their plans know which are theirs. There may be a chunk for each 8 tokens, and
-    as many sequences and blocks as `rows`, which was made with `room`, has room for.
+    Both kernels get all tokens, and from their plans know which are theirs. `rows` and `chunks` have room for so many
+    decode rows, or chunks, and blocks of all sequences.
     """
 
     def __init__(
         self,
-        rule: AttentionRule,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
+        rows: RowAttention,
+        chunks: _FlashInferChunks,
         block_size: int,
         num_tokens: int,
-        room: tuple[int, int],
-        rows: RowAttention,
-        workspace: torch.Tensor,
-        dtype: torch.dtype,
-        device: torch.device,
+        max_num_rows: int,
+        max_num_chunks: int,
+        max_num_blocks: int,
     ) -> None:
-        self._settings = _settings(rule, dtype)
-        self._heads = (num_heads, num_kv_heads, head_dim)
+        self._rows = rows
+        self._chunks = chunks
         self._block_size = block_size
         self._num_tokens = num_tokens
-        self._room = room
-        self._rows = rows
-        self._device = device
-        self._most_chunks = -(-num_tokens // _LEAST_CHUNK)
-        offsets, blocks = self._most_chunks + 1, room[1]
-        self._chunks = BatchPrefillWithPagedKVCacheWrapper(
-            workspace,
-            "HND",
-            use_cuda_graph=True,
-            qo_indptr_buf=torch.zeros(offsets, dtype=torch.int32, device=device),
-            paged_kv_indptr_buf=torch.zeros(offsets, dtype=torch.int32, device=device),
-            paged_kv_indices_buf=torch.zeros(blocks, dtype=torch.int32, device=device),
-            paged_kv_last_page_len_buf=torch.zeros(self._most_chunks, dtype=torch.int32, device=device),
-        )
-        self._fence = _PlanFence()
+        self._max_num_rows = max_num_rows
+        self._max_num_chunks = max_num_chunks
+        self._max_num_blocks = max_num_blocks
 
     def fits(self, batch: AttentionBatch) -> bool:
         num_rows = batch.num_decode_rows
-        num_blocks = int((-(-batch.kv_lens // self._block_size)).sum())
         return (
             int(batch.query_lens.sum()) == self._num_tokens
-            and 0 < len(batch.query_lens) - num_rows <= self._most_chunks
-            and num_rows <= self._room[0]
-            and num_blocks <= self._room[1]
+            and 0 < len(batch.query_lens) - num_rows <= self._max_num_chunks
+            and num_rows <= self._max_num_rows
+            and int((-(-batch.kv_lens // self._block_size)).sum()) <= self._max_num_blocks
         )
 
     def plan(self, batch: AttentionBatch) -> None:
-        num_rows, kv_lens, tables = batch.num_decode_rows, batch.kv_lens, batch.block_tables
-        self._rows.plan(AttentionBatch(batch.query_lens[:num_rows], kv_lens[:num_rows], tables[:num_rows], num_rows))
-        offsets, blocks, last_lens = _pages(kv_lens[num_rows:], tables[num_rows:], self._block_size)
-        # The other chunks that there could be have no tokens, and begin and end where the last one ends.
-        num_others = self._most_chunks - len(last_lens)
-        query_offsets = np.full(self._most_chunks + 1, self._num_tokens, dtype=np.int32)
-        query_offsets[0] = num_rows
-        query_offsets[1 : len(last_lens) + 1] = num_rows + np.cumsum(batch.query_lens[num_rows:])
-        self._fence.wait()
-        self._chunks.plan(
-            torch.from_numpy(query_offsets),
-            torch.from_numpy(np.pad(offsets, (0, num_others), mode="edge")),
-            to_device(blocks, self._device),
-            torch.from_numpy(np.pad(last_lens, (0, num_others))),
-            *self._heads,
-            self._block_size,
-            causal=True,
-            seq_lens=torch.from_numpy(np.pad(kv_lens[num_rows:], (0, num_others))),
-            **self._settings,
-        )
-        self._fence.record()
+        rows, chunks = _split(batch)
+        self._rows.plan(rows)
+        self._chunks.plan(chunks, first_token=batch.num_decode_rows)
 
     def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor, out_NHD: torch.Tensor) -> None:
         self._rows.forward(q_NHD, kv_cache, out_NHD)
-        self._chunks.run(q_NHD, kv_cache, out=out_NHD)
+        self._chunks.forward(q_NHD, kv_cache, out_NHD)
 
 
 class FlashInferDecode:
@@ -322,11 +332,13 @@ def make_fixed_prefill(
     device: torch.device,
 ) -> FixedAttention | None:
     """A `FlashInferFixedPrefill` where decode rows have `RowAttention`, else None."""
-    shape, room = (num_heads, num_kv_heads, head_dim, block_size), (max_num_rows, max_num_blocks)
-    rows = make_row_attention(rule, *shape, device, room)
+    heads = (num_heads, num_kv_heads, head_dim)
+    rows = make_row_attention(rule, *heads, block_size, device, (max_num_rows, max_num_blocks))
     if rows is None:
         return None
-    return FlashInferFixedPrefill(rule, *shape, num_tokens, room, rows, workspace, dtype, device)
+    max_num_chunks = -(-num_tokens // _LEAST_CHUNK)
+    chunks = _FlashInferChunks(rule, heads, block_size, workspace, dtype, device, (max_num_chunks, max_num_blocks))
+    return FlashInferFixedPrefill(rows, chunks, block_size, num_tokens, max_num_rows, max_num_chunks, max_num_blocks)
 
 
 def make_decode(

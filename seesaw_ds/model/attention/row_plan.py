@@ -68,7 +68,7 @@ def packed_size(num_ctas: int, max_num_rows: int, max_num_blocks: int) -> int:
 
 
 def plan_rows(kv_lens: np.ndarray, block_tables: np.ndarray, num_kv_heads: int, num_ctas: int) -> RowPlan:
-    """Plan for rows of `kv_lens` tokens (B,), one at least, with `block_tables` (B, any), as in `AttentionBatch`."""
+    """Plan for rows of `kv_lens` tokens (B,), each 1 or more, with `block_tables` (B, any), as in `AttentionBatch`."""
     shares = np.zeros((num_ctas, WARPS, 8), np.int32)
     splits = np.zeros((num_ctas, 4), np.int32)
     if len(kv_lens) == 0:
