@@ -5,8 +5,10 @@
     DS_ACCELERATOR=cpu deepspeed --num_accelerators 2 ... --model-shape FOLDER --layers 4 --kv-gib 0.1
 
 It builds the parts of a worker that move data, of fewer layers. Rates are GB/s of each rank, in one direction, with all
-ranks at work; a share is that of a plain copy over the same link. "slowed" is by how much longer matrix products of the
-model's sizes take beside the transfer. Exits with 1 when a bit is wrong.
+ranks at work; a share is that of a plain copy over the same link. "Slowed" is by how much longer matrix products of the
+model's sizes take beside the transfer, those of a prefill micro-batch and those of a decode step, on a device that is
+under load all the time: a card that was idle is faster for some tens of milliseconds, which would count as slowed.
+Exits with 1 when a bit is wrong.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import statistics
 import sys
 import threading
@@ -45,12 +48,15 @@ ROOT = Path(__file__).resolve().parent.parent
 GIB = 1 << 30
 _NUM_RUNS = 3
 _OVERLAP = 0.8  # of a transfer's time, for the products beside it: they are to end first
-_SLEEP_CYCLES = 100_000_000  # some 50 ms, in which all that is to start together is queued
+_LOAD_SECONDS = 1.0  # of products, until a card has the clock that its power limit allows
+_LEAD_SECONDS = 0.06  # of products, in which all that is to start together is queued
+_NUM_TOKENS = (512, 36)  # of a prefill micro-batch and a decode step
+_NUM_TOKENS_ON_CPU = (16, 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. `slowed` is a part of 1; rates are in bytes/s, and the slowest rank counts."""
+    """One line of the table. `slowed_...` are parts of 1; rates are in bytes/s, and the slowest rank counts."""
 
     name: str
     carrier: str
@@ -59,7 +65,8 @@ class Row:
     rate: float
     plain_rate: float
     share: float
-    slowed: float
+    slowed_prefill: float
+    slowed_decode: float
     is_exact: bool
 
 
@@ -76,7 +83,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Products:
-    """Matrix products of one tensor-parallel rank's sizes, on the current stream."""
+    """Matrix products of one tensor-parallel rank's sizes, on the current stream. `seconds` is what all four take."""
+
+    seconds: float
 
     def __init__(self, setting: Setting, device: torch.device, num_tokens: int) -> None:
         specs = cell_tensors(setting.shape, setting.layouts.cells_per_layer)
@@ -96,9 +105,11 @@ class Bench:
     def __init__(self, setting: Setting, device: torch.device, plain_rates: dict[str, float]) -> None:
         self._device = device
         self._plain_rates = plain_rates
-        self._products = Products(setting, device, num_tokens=512 if devices.is_cuda(device) else 16)
-        self._products_seconds = self._most(typical_seconds(self._products.run, device))
-        self._streams = [devices.new_stream(device) for _ in range(2)]
+        num_tokens = _NUM_TOKENS if devices.is_cuda(device) else _NUM_TOKENS_ON_CPU
+        self._products = [Products(setting, device, number) for number in num_tokens]
+        for products in self._products:
+            products.seconds = self._most(typical_seconds(products.run, device))
+        self._stream = devices.new_stream(device)
 
     def rows(self, pair: list[Case]) -> list[Row]:
         """Run the cases of `pair` in turn: once to warm up, a few times alone, then beside products."""
@@ -111,14 +122,15 @@ class Bench:
                 taken, num_bytes[i] = self._alone(case)
                 seconds[i].append(taken)
                 is_exact[i] &= self._check(case)
+        medians = [self._most(statistics.median(taken[1:])) for taken in seconds]
+        slowed = [self._slowed(pair, medians, is_exact, products) for products in self._products]
         rows = []
-        for i, case in enumerate(pair):
-            median = self._most(statistics.median(seconds[i][1:]))
-            slowed = self._slowed(case, median)
-            is_exact[i] &= self._check(case)
+        for i, (case, median, prefill, decode) in enumerate(zip(pair, medians, *slowed, strict=True)):
             moved = int(self._most(float(num_bytes[i])))
             rate, plain = moved / median, self._plain_rates[case.link]
-            rows.append(Row(case.name, case.carrier, moved, median, rate, plain, rate / plain, slowed, is_exact[i]))
+            rows.append(
+                Row(case.name, case.carrier, moved, median, rate, plain, rate / plain, prefill, decode, is_exact[i])
+            )
         return rows
 
     def _begin(self, case: Case) -> None:
@@ -139,33 +151,40 @@ class Bench:
         _synchronize(self._device)
         return (time.perf_counter() - start if begin is None else begin.elapsed_time(end) / 1000), num_bytes
 
-    def _slowed(self, case: Case, seconds: float) -> float:
-        """How much longer than alone products take beside `case`, which takes `seconds`."""
-        count = max(1, int(_OVERLAP * seconds / self._products_seconds))
-        alone = statistics.median(self._products_beside(count, _nothing) for _ in range(_NUM_RUNS))
-        self._begin(case)
-        beside = self._products_beside(count, case.run)
-        return self._most(beside / alone - 1)
+    def _slowed(self, pair: list[Case], seconds: list[float], is_exact: list[bool], products: Products) -> list[float]:
+        """How much longer than alone `products` take beside each case of `pair`, which takes `seconds`."""
+        if devices.is_cuda(self._device):
+            products.run(math.ceil(_LOAD_SECONDS / products.seconds))
+        counts = [max(1, int(_OVERLAP * taken / products.seconds)) for taken in seconds]
+        alone: list[list[float]] = [[] for _ in pair]
+        beside: list[list[float]] = [[] for _ in pair]
+        for _ in range(_NUM_RUNS):
+            for i, case in enumerate(pair):
+                alone[i].append(self._products_beside(products, counts[i], _nothing))
+                self._begin(case)
+                beside[i].append(self._products_beside(products, counts[i], case.run))
+                is_exact[i] &= self._check(case)
+        pairs = zip(alone, beside, strict=True)
+        return [
+            self._most(statistics.median(with_case) / statistics.median(without) - 1) for without, with_case in pairs
+        ]
 
-    def _products_beside(self, count: int, run: Callable[[Any], object]) -> float:
+    def _products_beside(self, products: Products, count: int, run: Callable[[Any], object]) -> float:
         """Seconds of `count` products that start together with `run`."""
         if not devices.is_cuda(self._device):
             other = threading.Thread(target=run, args=(None,))
             other.start()
             start = time.perf_counter()
-            self._products.run(count)
+            products.run(count)
             seconds = time.perf_counter() - start
             other.join()
             return seconds
-        with devices.on_stream(self._streams[0]):
-            torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
-            gate = devices.record_event(self._device)
-        devices.wait_event(gate)
+        products.run(math.ceil(_LEAD_SECONDS / products.seconds))
         begin: Any = devices.record_event(self._device, timing=True)
-        self._products.run(count)
+        products.run(count)
         end: Any = devices.record_event(self._device, timing=True)
-        with devices.on_stream(self._streams[1]):
-            run(gate)
+        with devices.on_stream(self._stream):
+            run(begin)
         _synchronize(self._device)
         return float(begin.elapsed_time(end)) / 1000
 
@@ -217,12 +236,16 @@ def measure(
 def print_table(rows: list[Row], rates: dict[str, float]) -> None:
     """Rates in GB/s; what is wrong is marked."""
     print("plain: " + ", ".join(f"{link} {rate / 1e9:.1f} GB/s" for link, rate in rates.items()))
-    print(f"{'what':<28}{'over':<13}{'GB':>8}{'s':>9}{'GB/s':>8}{'plain':>8}{'share %':>9}{'slowed %':>10}")
+    print(
+        f"{'what':<28}{'over':<13}{'GB':>8}{'s':>9}{'GB/s':>8}{'plain':>8}{'share %':>9}"
+        f"{'slowed: prefill %':>19}{'decode %':>10}"
+    )
     for row in rows:
         mark = "" if row.is_exact else "  WRONG BITS"
         print(
             f"{row.name:<28}{row.carrier:<13}{row.num_bytes / 1e9:>8.3f}{row.seconds:>9.4f}{row.rate / 1e9:>8.1f}"
-            f"{row.plain_rate / 1e9:>8.1f}{100 * row.share:>9.1f}{100 * row.slowed:>10.1f}{mark}"
+            f"{row.plain_rate / 1e9:>8.1f}{100 * row.share:>9.1f}{100 * row.slowed_prefill:>19.1f}"
+            f"{100 * row.slowed_decode:>10.1f}{mark}"
         )
 
 
