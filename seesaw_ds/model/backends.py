@@ -175,9 +175,11 @@ def choose_backends(shape: ModelShape, block_size: int, dtype: torch.dtype, devi
 
     from seesaw_ds.model.ops.cuda_ops import CudaOps
     from seesaw_ds.model.ops.cuda_sampling import CudaDraw
+    from seesaw_ds.model.ops.row_kernels import make_row_kernels
 
     has_graphs = _can_capture(shape, dtype, device)
-    return CudaBackends(shape, block_size, dtype, device, CudaOps(*settings), CudaDraw(), has_graphs)
+    ops = CudaOps(*settings, make_row_kernels(dtype, device))
+    return CudaBackends(shape, block_size, dtype, device, ops, CudaDraw(), has_graphs)
 
 
 def _can_capture(shape: ModelShape, dtype: torch.dtype, device: torch.device) -> bool:

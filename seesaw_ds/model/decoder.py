@@ -48,8 +48,7 @@ class FeedForward(nn.Module):
         bind(self.down, down.t())
 
     def forward(self, x_NM: torch.Tensor) -> torch.Tensor:
-        gate_up, _ = self.gate_up(x_NM)
-        out, _ = self.down(self._ops.act_and_mul(gate_up.view(x_NM.shape[0], self._num_cells, 2, -1)))
+        out, _ = self.down(self._ops.linear_act_and_mul(x_NM, self.gate_up.weight, self._num_cells))
         return out
 
 

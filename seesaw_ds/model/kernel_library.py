@@ -39,7 +39,8 @@ def needed_kernels(
     from flashinfer.jit.norm import gen_norm_module
     from flashinfer.utils import PosEncodingMode, determine_attention_backend
 
-    from seesaw_ds.model.attention.row_attention import can_attend_rows, row_kernel
+    from seesaw_ds.model.attention.row_attention import ROW_ATTENTION, can_attend_rows
+    from seesaw_ds.model.ops.row_kernels import row_kernels
 
     no_rotation = PosEncodingMode.NONE.value  # RoPE is our own
     # Chunks have what FlashInfer takes for "auto"; rows a kernel of our own, or fa2.
@@ -48,7 +49,8 @@ def needed_kernels(
     backends = [(chunks, rule) for rule in rules] + [("fa2", rule) for rule in rules if rule not in own]
     attention = {(backend, rule.window is not None, rule.soft_cap is not None) for backend, rule in backends}
     return [
-        *([row_kernel()] if own else []),
+        *([ROW_ATTENTION.spec] if own else []),
+        *([kernels.spec] if (kernels := row_kernels(dtype, device)) is not None else []),
         gen_norm_module(),
         gen_act_and_mul_module(activation),
         gen_vllm_comm_module(),

@@ -29,6 +29,11 @@ def is_cuda(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def can_start_early(device: torch.device) -> bool:
+    """Whether a kernel may start while those before it run, and wait for them when it has to: from Hopper on."""
+    return is_cuda(device) and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def set_device(device: torch.device) -> None:
     """Make `device` the calling thread's current one (the choice is per thread in CUDA)."""
     if is_cuda(device):

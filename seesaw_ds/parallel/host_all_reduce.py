@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch.distributed import ProcessGroup
 
+from seesaw_ds.parallel import device as devices
 from seesaw_ds.parallel.all_reduce import BackendAllReduce
 from seesaw_ds.parallel.shared_memory import NodeSharedMapping
 
@@ -75,6 +76,7 @@ class HostStagedAllReduce:
         from seesaw_ds.parallel.host_all_reduce_kernel import reduce_through_host
 
         self._kernel = reduce_through_host
+        self._is_early = devices.can_start_early(device)
         self._rank = group.rank()
         self._num_ranks = group.size()
         self._num_writers = num_writers
@@ -121,6 +123,8 @@ class HostStagedAllReduce:
             CHUNK_VECTORS=chunk_bytes // VECTOR_BYTES,
             VECTOR=VECTOR_BYTES // tensor.element_size(),
             WAVE=wave_size(num_bytes, chunk_bytes),
+            IS_EARLY=self._is_early,
+            launch_pdl=self._is_early,
             num_warps=min(_MAX_WARPS, chunk_bytes // (32 * VECTOR_BYTES)),
             num_stages=1,  # loads must stay behind the flags they wait for
         )

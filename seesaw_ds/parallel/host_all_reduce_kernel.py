@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 # "num_vectors" changes with the batch: one compiled kernel serves all.
@@ -53,6 +54,7 @@ def reduce_through_host(
     CHUNK_VECTORS: tl.constexpr,
     VECTOR: tl.constexpr,
     WAVE: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
     """Every tensor is counted in vectors of VECTOR elements, 16 bytes.
 
@@ -63,7 +65,11 @@ def reduce_through_host(
     num_begun   device, int64: how many writers have made their first stores, over all calls
 
     WAVE        writers in a wave; 0 has all begin at once
+    IS_EARLY    this kernel may start while those before it run, and the next one while it does
     """
+    if IS_EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     block = tl.program_id(0)
     num_writers = tl.num_programs(0) // 2
     num_chunks = tl.cdiv(num_vectors, CHUNK_VECTORS)

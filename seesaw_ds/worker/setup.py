@@ -211,7 +211,7 @@ class _EngineBuilder:
             times = self._backends.ops.tune_linear(sizes, self._stages[phase].linear_weights())
             if dist.get_rank() == 0 and times.usual > 0:
                 gain = 1 - times.tuned / times.usual
-                logger.info("products of decode steps in %s: cuBLASLt tuned, %.1f%% less time", phase.value, 100 * gain)
+                logger.info("products of decode steps in %s: tuned, %.1f%% less time", phase.value, 100 * gain)
 
     def warm_up(self) -> None:
         """Run the largest steps and a change of layout there and back, on a few KV blocks.

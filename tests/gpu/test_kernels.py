@@ -282,7 +282,7 @@ def test_kernels_that_attention_loads_are_those_compiled_beforehand(rule: Attent
     from flashinfer.jit.core import jit_spec_registry
 
     from seesaw_ds.model.attention.flashinfer_backend import FlashInferPrefill, make_decode
-    from seesaw_ds.model.attention.row_attention import can_attend_rows, row_kernel
+    from seesaw_ds.model.attention.row_attention import ROW_ATTENTION, can_attend_rows
     from seesaw_ds.model.kernel_library import needed_kernels
 
     device = torch.device("cuda")
@@ -296,7 +296,7 @@ def test_kernels_that_attention_loads_are_those_compiled_beforehand(rule: Attent
     kind = f"use_swa_{rule.window is not None}_use_logits_cap_{rule.soft_cap is not None}"
     loaded = {status.name for status in jit_spec_registry.get_all_statuses() if kind in status.name}
     if can_attend_rows(rule, group, HEAD_DIM, BLOCK, device):
-        assert row_kernel().name in names
-        loaded = {row_kernel().name} | {name for name in loaded if name.endswith("_sm90")}  # other tests load fa2
+        assert ROW_ATTENTION.spec.name in names
+        loaded = {ROW_ATTENTION.spec.name} | {name for name in loaded if name.endswith("_sm90")}  # other tests load fa2
     assert loaded <= names
     assert all(status.is_compiled for status in jit_spec_registry.get_all_statuses() if status.name in loaded)

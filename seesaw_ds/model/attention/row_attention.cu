@@ -59,6 +59,10 @@ __device__ __forceinline__ void copy_16(u32 to, const u16* from) {
                  : "memory");
 }
 
+// Launched while the kernels before it still run, as those of ops/row_kernels.cu are, this one may read until here what
+// they do not write: its plan, and pages but for the last of a row, where the row's new token goes.
+__device__ __forceinline__ void wait_for_kernels_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int NUM_LATER>
@@ -199,6 +203,8 @@ struct Reader {
         next_ids = blocks[at + threadIdx.x % 32];
     }
 
+    __device__ __forceinline__ bool is_at_last_page() const { return page == num_pages - 1; }
+
     __device__ __forceinline__ int next_id() { return __shfl_sync(0xffffffffu, ids, page - ids_from); }
 
     __device__ __forceinline__ void read_page(int id, u32 stage) {
@@ -328,6 +334,7 @@ __global__ void __launch_bounds__(WARPS * 32, 1) attend_rows_kernel(
     float* const slots = reinterpret_cast<float*>(memory + WARPS * STAGES * PAGE_BYTES);
     if (lane == 0) heads[warp] = 0;
     if (threadIdx.x < 2) merges[threadIdx.x] = -1;
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
     const Share share = shares[blockIdx.x * WARPS + warp];
     const int first_ids = shares[blockIdx.x * WARPS + warp].ids[lane % STAGES];
@@ -338,11 +345,13 @@ __global__ void __launch_bounds__(WARPS * 32, 1) attend_rows_kernel(
 #pragma unroll 1
     for (int i = 0; i < STAGES; i++) {
         if (i < share.num_pages) {
+            if (reader.is_at_last_page()) wait_for_kernels_before();
             const int id = i < num_at_hand ? __shfl_sync(0xffffffffu, first_ids, i) : reader.next_id();
             reader.read_page(id, ring + i * PAGE_BYTES);
         }
         commit_copies();
     }
+    wait_for_kernels_before();
 
     // Where a lane's rows of 8x8 matrices are in a stage, tile 0; tile i is 32 i bytes on, before the swizzle.
     const u32 key_address = ring + lane % 16 * ROW_BYTES + (lane / 16 ^ lane % 8) * 16;
@@ -535,12 +544,18 @@ void attend_rows(TensorView queries, TensorView kv_cache, TensorView out, Tensor
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
     if (status == cudaSuccess) {
         constexpr float LOG2_E = 1.44269504f;
-        kernel<<<num_ctas, WARPS * 32, SHARED_BYTES, get_stream(queries.device())>>>(
-            static_cast<const u16*>(queries.data_ptr()), static_cast<const u16*>(kv_cache.data_ptr()),
+        cudaLaunchAttribute attribute;
+        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config = {};
+        config.gridDim = num_ctas, config.blockDim = WARPS * 32, config.dynamicSmemBytes = SHARED_BYTES;
+        config.stream = get_stream(queries.device()), config.attrs = &attribute, config.numAttrs = 1;
+        status = cudaLaunchKernelEx(
+            &config, kernel, static_cast<const u16*>(queries.data_ptr()), static_cast<const u16*>(kv_cache.data_ptr()),
             static_cast<u16*>(out.data_ptr()), shares, splits, rows, blocks, static_cast<float*>(partials.data_ptr()),
-            static_cast<int*>(counters.data_ptr()), num_heads, group, kv_cache.stride(0), kv_cache.stride(1),
-            kv_cache.stride(2), static_cast<float>(scale) * LOG2_E);
-        status = cudaGetLastError();
+            static_cast<int*>(counters.data_ptr()), num_heads, group, static_cast<long long>(kv_cache.stride(0)),
+            static_cast<long long>(kv_cache.stride(1)), static_cast<long long>(kv_cache.stride(2)),
+            static_cast<float>(scale) * LOG2_E);
     }
     TVM_FFI_ICHECK(status == cudaSuccess) << "attend_rows: " << cudaGetErrorString(status);
 }

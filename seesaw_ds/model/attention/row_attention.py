@@ -6,73 +6,33 @@ has it, however many rows there are and however long.
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import logging
-import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from seesaw_ds.model.attention.interface import AttentionBatch, AttentionRule
 from seesaw_ds.model.attention.row_plan import PAGE, WARPS, packed_size, plan_rows
+from seesaw_ds.model.own_kernel import OwnKernel
 from seesaw_ds.parallel.device import to_device
-
-if TYPE_CHECKING:
-    from flashinfer.jit.core import JitSpec
-
-logger = logging.getLogger(__name__)
 
 HEAD_DIM = 128
 MAX_GROUP = 8
-_SOURCE = Path(__file__).with_suffix(".cu")
+ROW_ATTENTION = OwnKernel(
+    Path(__file__).with_suffix(".cu"), "decode rows have FlashInfer's attention", [f"-DWARPS={WARPS}"]
+)
 _PARTIAL = HEAD_DIM * MAX_GROUP + 2 * MAX_GROUP  # float32 values of a partial result, as in the source
-_CAPABILITY = (9, 0)  # where it was measured: H200; it needs 162 KiB of shared memory for a thread block
 
 
 def can_attend_rows(rule: AttentionRule, group_size: int, head_dim: int, block_size: int, device: torch.device) -> bool:
-    """Whether `RowAttention` takes these. It is compiled on the machine, so there has to be a compiler."""
+    """Whether `RowAttention` takes these."""
     return (
         rule.soft_cap is None
         and rule.window is None
         and rule.scale > 0
         and group_size <= MAX_GROUP
         and (head_dim, block_size) == (HEAD_DIM, PAGE)
-        and torch.cuda.get_device_capability(device) == _CAPABILITY
-        and (row_kernel().is_compiled or shutil.which("nvcc") is not None)
+        and ROW_ATTENTION.can_run(device)
     )
-
-
-@functools.cache
-def row_kernel() -> JitSpec:
-    """The kernel, compiled as FlashInfer's are; by another name when its source changes."""
-    from flashinfer.jit import env
-    from flashinfer.jit.core import gen_jit_spec
-
-    digest = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:12]
-    return gen_jit_spec(
-        f"seesaw_row_attention_{digest}",
-        [_SOURCE],
-        extra_cuda_cflags=[f"-DWARPS={WARPS}"],
-        extra_include_paths=[env.FLASHINFER_CSRC_DIR],
-    )
-
-
-@functools.cache
-def loads_row_kernel() -> bool:
-    """Whether the kernel is there now, compiled before or here. If that fails the log says so: FlashInfer's is used."""
-    try:
-        _module()
-    except Exception as error:
-        logger.warning("decode rows have FlashInfer's attention, since %s does not compile: %s", _SOURCE.name, error)
-        return False
-    return True
-
-
-@functools.cache
-def _module():
-    return row_kernel().build_and_load()
 
 
 def make_row_attention(
@@ -85,7 +45,7 @@ def make_row_attention(
     room: tuple[int, int] | None = None,
 ) -> RowAttention | None:
     """A `RowAttention` where there can be one, else None."""
-    if can_attend_rows(rule, num_heads // num_kv_heads, head_dim, block_size, device) and loads_row_kernel():
+    if can_attend_rows(rule, num_heads // num_kv_heads, head_dim, block_size, device) and ROW_ATTENTION.loads:
         return RowAttention(rule, num_kv_heads, device, room)
     return None
 
@@ -126,6 +86,6 @@ class RowAttention:
 
     def forward(self, q_NHD: torch.Tensor, kv_cache: torch.Tensor, out_NHD: torch.Tensor) -> None:
         assert self._plan is not None, "plan() comes before forward()"
-        _module().attend_rows(
+        ROW_ATTENTION.module.attend_rows(
             q_NHD, kv_cache, out_NHD, self._plan, self._partials, self._counters, self._room_for_rows, self._scale
         )

@@ -1,4 +1,4 @@
-"""The layer operations as CUDA kernels: FlashInfer's where it has them, cuBLASLt's, and our own in Triton.
+"""The layer operations as CUDA kernels: FlashInfer's where it has them, cuBLASLt's, and our own.
 
 FlashInfer's rotary kernels want heads at one stride and write the cache in a second pass. Our QKV product is grouped by
 KV head, so that any re-sharding cell is contiguous; the Triton kernel reads that form and rotates, and stores
@@ -14,27 +14,39 @@ import triton
 import triton.language as tl
 from flashinfer.activation import gelu_tanh_and_mul, silu_and_mul
 from flashinfer.norm import fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, rmsnorm
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from seesaw_ds.model.families.family import Activation
 from seesaw_ds.model.ops.interface import TokenPlaces
 from seesaw_ds.model.ops.products import TunedProducts, TuningTimes
+from seesaw_ds.model.ops.row_kernels import RowKernels
+from seesaw_ds.parallel.device import can_start_early
 
 
 class CudaOps:
     """For bfloat16 and float16 on NVIDIA devices, and head dims that are powers of two."""
 
-    def __init__(self, activation: Activation = "silu", norm_adds_one: bool = False) -> None:
+    def __init__(
+        self, activation: Activation = "silu", norm_adds_one: bool = False, rows: RowKernels | None = None
+    ) -> None:
+        self._is_silu = activation == "silu"
         self._act_and_mul = silu_and_mul if activation == "silu" else gelu_tanh_and_mul
         self._rms_norm = gemma_rmsnorm if norm_adds_one else rmsnorm
         self._add_rms_norm = gemma_fused_add_rmsnorm if norm_adds_one else fused_add_rmsnorm
         self._weight_offset = 1.0 if norm_adds_one else 0.0
         self._products = TunedProducts()
+        # Used by sizes that were tuned, so once it has been loaded.
+        self._rows = rows
+        self._has_rows = False
+        self._is_early = can_start_early(torch.device("cuda"))
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return self._products(x, weight, bias)
 
     def tune_linear(self, num_rows: Iterable[int], weights: Iterable[torch.Tensor]) -> TuningTimes:
-        return self._products.tune(num_rows, weights)
+        weights = list(weights)
+        self._has_rows = self._rows is not None and self._rows.prepare(weights)
+        return self._products.tune(num_rows, weights, self._rows if self._has_rows else None)
 
     def rms_norm(self, x_NM: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._rms_norm(x_NM, weight, eps)
@@ -42,12 +54,30 @@ class CudaOps:
     def add_rms_norm(
         self, x_NM: torch.Tensor, residual_NM: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._add_rms_norm(x_NM, residual_NM, weight, eps)
+        if self._rows is not None and self._has_rows and self._rows.norms(x_NM):
+            self._rows.add_rms_norm(x_NM, residual_NM, weight, eps, self._weight_offset)
+        else:
+            self._add_rms_norm(x_NM, residual_NM, weight, eps)
         return x_NM, residual_NM
 
     def act_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         num_tokens = gate_up.shape[0]
         return self._act_and_mul(gate_up.flatten(2).flatten(0, 1)).view(num_tokens, -1)
+
+    def linear_act_and_mul(self, x_NM: torch.Tensor, weight: torch.Tensor, num_cells: int) -> torch.Tensor:
+        rows = self._own_kernels(x_NM, weight)
+        if rows is not None and self._is_silu and rows.gates(weight, num_cells):
+            return rows.multiply_gated(x_NM, weight, num_cells)
+        return self.act_and_mul(self.linear(x_NM, weight).view(x_NM.shape[0], num_cells, 2, -1))
+
+    def _own_kernels(self, x: torch.Tensor, weight: torch.Tensor) -> RowKernels | None:
+        """Our own kernels, if such a product is theirs."""
+        is_own = (
+            self._rows is not None
+            and x.is_contiguous()
+            and self._products.get(x.shape[0], weight) == self._rows.multiply
+        )
+        return self._rows if is_own else None
 
     def norm_heads(
         self, qkv: torch.Tensor, query_weight: torch.Tensor, key_weight: torch.Tensor, eps: float
@@ -88,7 +118,9 @@ class CudaOps:
             QUERIES=queries_per_kv_head,
             QUERIES_PADDED=triton.next_power_of_2(queries_per_kv_head),
             HALF=head_dim // 2,
+            IS_EARLY=self._is_early,
             num_warps=4,
+            launch_pdl=self._is_early,
         )
 
 
@@ -110,14 +142,24 @@ def _rotate_and_store(
     QUERIES: tl.constexpr,
     QUERIES_PADDED: tl.constexpr,
     HALF: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):
-    """One program for a token's KV head: its QUERIES queries, its key and its value, each of 2 * HALF elements."""
+    """One program for a token's KV head: its QUERIES queries, its key and its value, each of 2 * HALF elements.
+
+    IS_EARLY: this kernel may start before its queries, keys and values are there.
+    """
+    if IS_EARLY:
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     row = tl.arange(0, QUERIES_PADDED)[:, None]
     low = tl.arange(0, HALF)
     cosine = tl.load(cos + token * angle_stride + low)
     sine = tl.load(sin + token * angle_stride + low)
+    block = tl.load(write_blocks + token)
+    offset = tl.load(write_offsets + token)
+    if IS_EARLY:
+        gdc_wait()
 
     group = qkv + (token * num_kv_heads + head) * ((QUERIES + 2) * 2 * HALF)
     is_query = row < QUERIES
@@ -130,8 +172,6 @@ def _rotate_and_store(
     key = group + QUERIES * 2 * HALF
     first_k = tl.load(key + low).to(tl.float32)
     second_k = tl.load(key + HALF + low).to(tl.float32)
-    block = tl.load(write_blocks + token)
-    offset = tl.load(write_offsets + token)
     place = cache + block * block_stride + head * head_stride + offset * slot_stride
     tl.store(place + low, (first_k * cosine - second_k * sine).to(cache.dtype.element_ty))
     tl.store(place + HALF + low, (second_k * cosine + first_k * sine).to(cache.dtype.element_ty))

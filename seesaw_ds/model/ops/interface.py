@@ -50,6 +50,9 @@ class LayerOps(Protocol):
     def act_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """``activation(gate) * up`` of (N, C, 2, F / C): (N, F)."""
 
+    def linear_act_and_mul(self, x_NM: torch.Tensor, weight: torch.Tensor, num_cells: int) -> torch.Tensor:
+        """`act_and_mul` of the product with a weight (C * 2 * F / C, M) that has `num_cells` C: (N, F)."""
+
     def norm_heads(
         self, qkv: torch.Tensor, query_weight: torch.Tensor, key_weight: torch.Tensor, eps: float
     ) -> torch.Tensor:

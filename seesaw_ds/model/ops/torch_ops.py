@@ -44,6 +44,9 @@ class TorchOps:
         gate = F.silu(gate) if self._activation == "silu" else F.gelu(gate, approximate="tanh")
         return (gate * up).flatten(1)
 
+    def linear_act_and_mul(self, x_NM: torch.Tensor, weight: torch.Tensor, num_cells: int) -> torch.Tensor:
+        return self.act_and_mul(self.linear(x_NM, weight).view(x_NM.shape[0], num_cells, 2, -1))
+
     def norm_heads(
         self, qkv: torch.Tensor, query_weight: torch.Tensor, key_weight: torch.Tensor, eps: float
     ) -> torch.Tensor:

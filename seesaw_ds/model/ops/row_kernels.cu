@@ -1,0 +1,604 @@
+// Kernels of a decode step: linear products of up to 64 rows, and the norms between them.
+//
+// A product of so few rows is bound by reading its weights, and what keeps it from the memory's rate is its beginning:
+// the launch, the way of the first bytes, and all the kernels before it that leave the memory idle, an all-reduce above
+// all. So a product is launched while the kernels before it still run (programmatic dependent launch), fills its ring in
+// shared memory with weights, 17 MB over an H200, and only then waits for its input:
+//
+//     all-reduce   ----------------|
+//     norm          (waits)        |--|
+//     product        fetch weights    |-- multiply, fetch ------|
+//
+// For this a kernel of a step lets the next one start as soon as it runs itself, and waits before it reads or writes
+// anything that the kernels before it might write or read. One that does neither is right as well: it ends before the
+// next one starts.
+//
+// The product is out (N, F) = x (N, K) times weights (F, K) transposed. By tiles of F and blocks of K it is a list of
+// equal units of work. Tiles of which every thread block (CTA) can have as many are its own; the others come before
+// them, and are cut into equal parts:
+//
+//     tile 0: block 0 1 2 3 | tile 1: block 0 1 2 3 | tile 2: block 0 1 2 3
+//     CTA 0 ---------->  CTA 1 ----------->  CTA 2 ----------->
+//
+// The CTA that has the first block of a tile adds up what the others have of it, in their order. They began with it
+// before that CTA came to it, so it seldom waits. Tensor cores take weights as the left operand, 64 features at a time,
+// and rows as the right one, so that few rows leave little of them unused.
+
+#include <cuda.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+
+#include "tvm_ffi_utils.h"
+
+namespace {
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+constexpr int ROW_BYTES = 128;  // of a swizzled row of shared memory: 64 elements
+constexpr int ELEMENTS = ROW_BYTES / 2;
+constexpr int HALVES = 2;  // of a block
+constexpr int BLOCK = HALVES * ELEMENTS;
+constexpr int FEATURES = 64;    // of a tensor core's left operand
+constexpr int NUM_GROUPS = 2;   // warpgroups that multiply, each its own features
+constexpr int TILE = NUM_GROUPS * FEATURES;
+constexpr int GROUP_BYTES = FEATURES * ROW_BYTES;
+constexpr int NUM_CONSUMERS = NUM_GROUPS * 128;
+constexpr int NUM_THREADS = NUM_CONSUMERS + 32;  // the last warp fetches
+constexpr int MAX_STAGES = 5;
+constexpr int SHARED_BYTES = 200 << 10;        // leaves room for the small kernels that run meanwhile
+constexpr u64 READ_ONCE = 0x12F0000000000000;  // an L2 policy: evict first
+
+template <int NUM_ROWS>
+struct Ring {
+    static constexpr int WEIGHT_BYTES = NUM_GROUPS * GROUP_BYTES;  // of half a block
+    static constexpr int HALF_BYTES = WEIGHT_BYTES + NUM_ROWS * ROW_BYTES;
+    static constexpr int STAGE_BYTES = HALVES * HALF_BYTES;
+    static constexpr int NUM_SUMS = NUM_ROWS / 2;  // of a thread
+    static constexpr int EXCHANGE_BYTES = NUM_SUMS * 128 * 4;
+    static constexpr int STAGES_THAT_FIT = (SHARED_BYTES - EXCHANGE_BYTES) / STAGE_BYTES;
+    static constexpr int NUM_STAGES = STAGES_THAT_FIT < MAX_STAGES ? STAGES_THAT_FIT : MAX_STAGES;
+    static constexpr int BYTES = NUM_STAGES * STAGE_BYTES + EXCHANGE_BYTES;
+};
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+__device__ __forceinline__ void wait_for_kernels_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+__device__ __forceinline__ void init_barrier(u32 barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void expect_bytes(u32 barrier, int num_bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(num_bytes) : "memory");
+}
+
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void wait_for(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "AGAIN:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra AGAIN;\n"
+        "}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+__device__ __forceinline__ void copy_box(u32 to, const CUtensorMap* map, int inner, int outer, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            to),
+        "l"(map), "r"(inner), "r"(outer), "r"(barrier)
+        : "memory");
+}
+
+__device__ __forceinline__ void copy_box_once(u32 to, const CUtensorMap* map, int inner, int outer, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+        "l"(map), "r"(inner), "r"(outer), "r"(barrier), "l"(READ_ONCE)
+        : "memory");
+}
+
+__device__ __forceinline__ void sync_consumers() {
+    asm volatile("bar.sync 1, %0;" ::"n"(NUM_CONSUMERS) : "memory");
+}
+
+// Stores that this thread knows of come before.
+__device__ __forceinline__ void count(int* counter) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+// Until `counter` is `target`; its later loads see what was stored before the others counted.
+__device__ __forceinline__ void wait_until(const int* counter, int target) {
+    int seen;
+    do {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    } while (seen != target);
+}
+
+// A matrix in shared memory as tensor cores want it described: 128-byte swizzle, 1,024 bytes from eight rows to the next.
+__device__ __forceinline__ u64 matrix_at(u32 address) {
+    return (address & 0x3FFFF) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+#ifdef IS_HALF
+#define TYPES "f16.f16"
+#else
+#define TYPES "bf16.bf16"
+#endif
+
+#define SUMS_4 "%0, %1, %2, %3"
+#define SUMS_8 SUMS_4 ", %4, %5, %6, %7"
+#define SUMS_12 SUMS_8 ", %8, %9, %10, %11"
+#define SUMS_16 SUMS_12 ", %12, %13, %14, %15"
+#define SUMS_20 SUMS_16 ", %16, %17, %18, %19"
+#define SUMS_24 SUMS_20 ", %20, %21, %22, %23"
+#define SUMS_28 SUMS_24 ", %24, %25, %26, %27"
+#define SUMS_32 SUMS_28 ", %28, %29, %30, %31"
+#define OUT_4(i) "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3])
+#define OUT_8 OUT_4(0), OUT_4(4)
+#define OUT_12 OUT_8, OUT_4(8)
+#define OUT_16 OUT_12, OUT_4(12)
+#define OUT_20 OUT_16, OUT_4(16)
+#define OUT_24 OUT_20, OUT_4(20)
+#define OUT_28 OUT_24, OUT_4(24)
+#define OUT_32 OUT_28, OUT_4(28)
+
+// LEFT, RIGHT, TRANSPOSED: the numbers of the operands that follow the sums.
+#define MULTIPLY(ROWS, SUMS, OUT, LEFT, RIGHT, TRANSPOSED)                                             \
+    if constexpr (NUM_ROWS == ROWS)                                                                    \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n" #ROWS "k16.f32." TYPES " {" SUMS "}, " LEFT   \
+                     ", " RIGHT ", 1, 1, 1, " TRANSPOSED ", 0;"                                        \
+                     : OUT                                                                             \
+                     : "l"(left), "l"(right), "n"(IS_TRANSPOSED));
+
+// sums += left right: 64 features by 16 elements, and 16 elements by NUM_ROWS rows. Left lies transposed, or not.
+template <int NUM_ROWS, int IS_TRANSPOSED>
+__device__ __forceinline__ void multiply_add(float* s, u64 left, u64 right) {
+    MULTIPLY(8, SUMS_4, OUT_4(0), "%4", "%5", "%6")
+    MULTIPLY(16, SUMS_8, OUT_8, "%8", "%9", "%10")
+    MULTIPLY(24, SUMS_12, OUT_12, "%12", "%13", "%14")
+    MULTIPLY(32, SUMS_16, OUT_16, "%16", "%17", "%18")
+    MULTIPLY(40, SUMS_20, OUT_20, "%20", "%21", "%22")
+    MULTIPLY(48, SUMS_24, OUT_24, "%24", "%25", "%26")
+    MULTIPLY(56, SUMS_28, OUT_28, "%28", "%29", "%30")
+    MULTIPLY(64, SUMS_32, OUT_32, "%32", "%33", "%34")
+}
+
+__device__ __forceinline__ u32 packed(float low, float high) {
+    u32 result;
+#ifdef IS_HALF
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+#endif
+    return result;
+}
+
+__device__ __forceinline__ float2 unpacked(u32 pair) {
+#ifdef IS_HALF
+    return __half22float2(*reinterpret_cast<__half2*>(&pair));
+#else
+    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000));
+#endif
+}
+
+__device__ __forceinline__ u32 transposed(u32 matrix) {
+    u32 result;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(matrix));
+    return result;
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+
+// silu(gate) up, of values rounded as if they had been written in between.
+__device__ __forceinline__ u32 gated(float gate_0, float gate_1, float up_0, float up_1) {
+    const float2 gate = unpacked(packed(gate_0, gate_1)), up = unpacked(packed(up_0, up_1));
+    return packed(silu(gate.x) * up.x, silu(gate.y) * up.y);
+}
+
+// How units are given to CTAs: the cut tiles' first, then whole tiles.
+struct Work {
+    int num_blocks, num_ctas, num_cut, num_whole;  // blocks of a tile; cut tiles; whole tiles of a CTA
+
+    // Units [begin(cta), begin(cta + 1)) of the cut tiles are the CTA's.
+    __device__ __forceinline__ int begin(int cta) const {
+        return static_cast<u32>(cta) * (num_cut * num_blocks) / num_ctas;
+    }
+    __device__ __forceinline__ int cta_of(int unit) const {
+        return (static_cast<u32>(unit + 1) * num_ctas - 1) / (num_cut * num_blocks);
+    }
+};
+
+// Walks through a CTA's units.
+struct Cursor {
+    int tile, block, num_of_cut, num_left;  // units left of cut tiles, and in all, this one among them
+
+    __device__ __forceinline__ void begin(const Work& work) {
+        const int first = work.begin(blockIdx.x);
+        num_of_cut = work.begin(blockIdx.x + 1) - first;
+        num_left = num_of_cut + work.num_whole * work.num_blocks;
+        tile = first / work.num_blocks, block = first % work.num_blocks;
+        if (num_of_cut == 0) tile = work.num_cut + blockIdx.x, block = 0;
+    }
+
+    // Units of this tile that come one after the other.
+    __device__ __forceinline__ int num_of_tile(const Work& work) const {
+        return num_of_cut > 0 ? min(num_of_cut, work.num_blocks - block) : work.num_blocks;
+    }
+
+    __device__ __forceinline__ void advance(const Work& work, int count) {
+        const bool was_cut = num_of_cut > 0;
+        num_left -= count, num_of_cut -= count, block += count;
+        if (was_cut && num_of_cut == 0) {
+            tile = work.num_cut + blockIdx.x, block = 0;
+        } else if (block == work.num_blocks) {
+            tile += was_cut ? 1 : work.num_ctas, block = 0;
+        }
+    }
+};
+
+// IS_TRANSPOSED: weights are (K, F) in memory. IS_GATED: features are silu(gate) up, of which each cell of weights has
+// `cell_features` gates, and then as many ups; a tile has 64 of both.
+template <int NUM_ROWS, bool IS_TRANSPOSED, bool IS_GATED>
+__global__ void __launch_bounds__(NUM_THREADS, 1) multiply_rows_kernel(
+    const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap x_map,
+    u16* __restrict__ out,  // (N, F)
+    float* partials,        // (CTAs, NUM_SUMS, NUM_CONSUMERS)
+    int* counters,          // (tiles,) zeros, before and after
+    int num_rows, int num_features, Work work, int cell_features) {
+    using R = Ring<NUM_ROWS>;
+    extern __shared__ __align__(1024) unsigned char memory[];
+    __shared__ u64 barriers[2 * R::NUM_STAGES];
+
+    allow_next_kernel();
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 ring = shared_address(memory);
+    const u32 filled = shared_address(barriers), emptied = filled + 8 * R::NUM_STAGES;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < R::NUM_STAGES; i++) {
+            init_barrier(filled + 8 * i, 1);
+            init_barrier(emptied + 8 * i, NUM_CONSUMERS / 32);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncthreads();
+    Cursor cursor;
+    cursor.begin(work);
+
+    if (warp == NUM_CONSUMERS / 32) {
+        if (lane > 0) return;
+        const auto fetch_weights = [&](int stage) {
+            const u32 barrier = filled + 8 * stage;
+            expect_bytes(barrier, R::STAGE_BYTES);
+#pragma unroll
+            for (int half = 0; half < HALVES; half++) {
+                const int element = cursor.block * BLOCK + half * ELEMENTS;
+#pragma unroll
+                for (int group = 0; group < NUM_GROUPS; group++) {
+                    int feature = cursor.tile * TILE + group * FEATURES;
+                    if (IS_GATED) {
+                        const int first = cursor.tile * FEATURES;
+                        feature = first + (first / cell_features + group) * cell_features;
+                    }
+                    copy_box_once(ring + stage * R::STAGE_BYTES + half * R::HALF_BYTES + group * GROUP_BYTES, &weight_map,
+                                  IS_TRANSPOSED ? feature : element, IS_TRANSPOSED ? element : feature, barrier);
+                }
+            }
+        };
+        const auto fetch_x = [&](int stage) {
+#pragma unroll
+            for (int half = 0; half < HALVES; half++) {
+                copy_box(ring + stage * R::STAGE_BYTES + half * R::HALF_BYTES + R::WEIGHT_BYTES, &x_map,
+                         cursor.block * BLOCK + half * ELEMENTS, 0, filled + 8 * stage);
+            }
+        };
+        const Cursor start = cursor;
+        const int num_at_first = min(cursor.num_left, R::NUM_STAGES);
+        for (int i = 0; i < num_at_first; i++) {
+            fetch_weights(i);
+            cursor.advance(work, 1);
+        }
+        wait_for_kernels_before();
+        cursor = start;
+        for (int i = 0; i < num_at_first; i++) {
+            fetch_x(i);
+            cursor.advance(work, 1);
+        }
+        int stage = 0;
+        u32 parity = 0;
+        while (cursor.num_left > 0) {
+            wait_for(emptied + 8 * stage, parity);
+            fetch_weights(stage);
+            fetch_x(stage);
+            cursor.advance(work, 1);
+            if (++stage == R::NUM_STAGES) stage = 0, parity ^= 1;
+        }
+        return;
+    }
+
+    const int group = warp / 4;
+    float sums[R::NUM_SUMS];
+    float* const exchange = reinterpret_cast<float*>(memory + R::NUM_STAGES * R::STAGE_BYTES) + threadIdx.x % 128;
+    int stage = 0;
+    u32 parity = 0;
+    while (cursor.num_left > 0) {
+        const int tile = cursor.tile, num_units = cursor.num_of_tile(work);
+        const bool has_first = cursor.block == 0;
+        cursor.advance(work, num_units);
+#pragma unroll
+        for (int i = 0; i < R::NUM_SUMS; i++) sums[i] = 0;
+#pragma unroll 1
+        for (int unit = 0; unit < num_units; unit++) {
+            wait_for(filled + 8 * stage, parity);
+            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+            for (int half = 0; half < HALVES; half++) {
+                const u32 at = ring + stage * R::STAGE_BYTES + half * R::HALF_BYTES;
+                const u64 left = matrix_at(at + group * GROUP_BYTES), right = matrix_at(at + R::WEIGHT_BYTES);
+#pragma unroll
+                for (int k = 0; k < ELEMENTS / 16; k++) {
+                    // Sixteen elements on: 32 bytes of a row, or sixteen rows.
+                    multiply_add<NUM_ROWS, IS_TRANSPOSED>(sums, left + k * (IS_TRANSPOSED ? 128 : 2), right + k * 2);
+                }
+            }
+            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+            for (int i = 0; i < R::NUM_SUMS; i++) asm volatile("" : "+f"(sums[i])::"memory");
+            if (lane == 0) arrive(emptied + 8 * stage);
+            if (++stage == R::NUM_STAGES) stage = 0, parity ^= 1;
+        }
+
+        if (num_units < work.num_blocks) {
+            float4* const part = reinterpret_cast<float4*>(partials) + threadIdx.x;
+            constexpr int PART = R::NUM_SUMS / 4 * NUM_CONSUMERS;
+            if (!has_first) {
+#pragma unroll
+                for (int i = 0; i < R::NUM_SUMS / 4; i++) {
+                    part[blockIdx.x * PART + i * NUM_CONSUMERS] =
+                        make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+                }
+                sync_consumers();
+                if (threadIdx.x == 0) count(counters + tile);
+                continue;
+            }
+            const int last = work.cta_of((tile + 1) * work.num_blocks - 1);
+            if (threadIdx.x == 0) {
+                wait_until(counters + tile, last - blockIdx.x);
+                counters[tile] = 0;
+            }
+            sync_consumers();
+#pragma unroll 2
+            for (int cta = blockIdx.x + 1; cta <= last; cta++) {
+#pragma unroll
+                for (int i = 0; i < R::NUM_SUMS / 4; i++) {
+                    const float4 sum = __ldcg(part + cta * PART + i * NUM_CONSUMERS);
+                    sums[4 * i] += sum.x, sums[4 * i + 1] += sum.y, sums[4 * i + 2] += sum.z, sums[4 * i + 3] += sum.w;
+                }
+            }
+        }
+
+        if (IS_GATED) {
+            if (group == 1) {
+#pragma unroll
+                for (int i = 0; i < R::NUM_SUMS; i++) exchange[i * 128] = sums[i];
+            }
+            sync_consumers();
+        }
+        if (!IS_GATED || group == 0) {
+            u16* const to = out + (IS_GATED ? tile : tile * NUM_GROUPS + group) * FEATURES + warp % 4 * 16 + lane % 4 * 2;
+#pragma unroll
+            for (int i = 0; i < NUM_ROWS / 8; i++) {
+                const float* sum = sums + 4 * i;
+                u32 low, high;  // features lane / 4 and 8 + lane / 4 of the warp's, two rows
+                if (IS_GATED) {
+                    const float* up = exchange + 4 * i * 128;
+                    low = gated(sum[0], sum[1], up[0], up[128]), high = gated(sum[2], sum[3], up[256], up[384]);
+                } else {
+                    low = packed(sum[0], sum[1]), high = packed(sum[2], sum[3]);
+                }
+                low = transposed(low), high = transposed(high);
+                const int row = i * 8 + lane / 4;
+                if (row < num_rows) {
+                    u32* const at = reinterpret_cast<u32*>(to + static_cast<long long>(row) * num_features);
+                    at[0] = low;
+                    at[4] = high;
+                }
+            }
+        }
+        if (IS_GATED) sync_consumers();
+    }
+}
+
+constexpr int NORM_THREADS = 512;
+constexpr int MAX_VECTORS = 4;  // of eight elements, of a thread
+
+// residual += x, and x becomes the norm of the sum; one CTA a row.
+__global__ void __launch_bounds__(NORM_THREADS) add_rms_norm_kernel(
+    uint4* __restrict__ x, uint4* __restrict__ residual, const uint4* __restrict__ weight, int num_vectors, float eps,
+    float weight_offset) {
+    __shared__ float squares[NORM_THREADS / 32];
+    allow_next_kernel();
+    uint4 factors[MAX_VECTORS];
+#pragma unroll
+    for (int i = 0; i < MAX_VECTORS; i++) {
+        const int at = i * NORM_THREADS + threadIdx.x;
+        if (at < num_vectors) factors[i] = weight[at];
+    }
+    wait_for_kernels_before();
+    x += static_cast<long long>(blockIdx.x) * num_vectors, residual += static_cast<long long>(blockIdx.x) * num_vectors;
+    float2 values[MAX_VECTORS][4];
+    float square = 0;
+#pragma unroll
+    for (int i = 0; i < MAX_VECTORS; i++) {
+        const int at = i * NORM_THREADS + threadIdx.x;
+        if (at >= num_vectors) break;
+        const uint4 added = x[at], old = residual[at];
+        const u32 pairs[2][4] = {{added.x, added.y, added.z, added.w}, {old.x, old.y, old.z, old.w}};
+        u32 sum[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float2 a = unpacked(pairs[0][j]), b = unpacked(pairs[1][j]);
+            values[i][j] = make_float2(a.x + b.x, a.y + b.y);
+            square += values[i][j].x * values[i][j].x + values[i][j].y * values[i][j].y;
+            sum[j] = packed(values[i][j].x, values[i][j].y);
+        }
+        residual[at] = make_uint4(sum[0], sum[1], sum[2], sum[3]);
+    }
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) square += __shfl_xor_sync(0xffffffffu, square, lanes);
+    if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = square;
+    __syncthreads();
+    square = 0;
+#pragma unroll
+    for (int i = 0; i < NORM_THREADS / 32; i++) square += squares[i];
+    const float scale = rsqrtf(square / (8 * num_vectors) + eps);
+#pragma unroll
+    for (int i = 0; i < MAX_VECTORS; i++) {
+        const int at = i * NORM_THREADS + threadIdx.x;
+        if (at >= num_vectors) break;
+        const u32 pairs[4] = {factors[i].x, factors[i].y, factors[i].z, factors[i].w};
+        u32 norm[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const float2 factor = unpacked(pairs[j]);
+            norm[j] = packed(values[i][j].x * scale * (factor.x + weight_offset),
+                             values[i][j].y * scale * (factor.y + weight_offset));
+        }
+        x[at] = make_uint4(norm[0], norm[1], norm[2], norm[3]);
+    }
+}
+
+// A kernel that may start while the one before it runs.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_early(void (*kernel)(Parameters...), int num_ctas, int num_threads, int shared_bytes,
+                         cudaStream_t stream, Arguments... arguments) {
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = num_ctas, config.blockDim = num_threads, config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream, config.attrs = &attribute, config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+}
+
+// Boxes of (outer, 64 inner) elements of (num_outer, num_inner), the outer at `stride`.
+CUtensorMap tensor_map(const TensorView& tensor, int num_inner, int num_outer, int64_t stride, int box_outer) {
+    static const auto encode = [] {
+        void* function = nullptr;
+        cudaDriverEntryPointQueryResult found;
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+        TVM_FFI_ICHECK(function != nullptr) << "this driver has no cuTensorMapEncodeTiled";
+        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+    }();
+#ifdef IS_HALF
+    constexpr auto TYPE = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+#else
+    constexpr auto TYPE = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+#endif
+    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(num_inner), static_cast<cuuint64_t>(num_outer)};
+    const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
+    const cuuint32_t box[2] = {ELEMENTS, static_cast<cuuint32_t>(box_outer)}, steps[2] = {1, 1};
+    CUtensorMap map;
+    const CUresult status = encode(&map, TYPE, 2, tensor.data_ptr(), sizes, strides, box, steps,
+                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                   CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    TVM_FFI_ICHECK(status == CUDA_SUCCESS) << "cuTensorMapEncodeTiled: " << status;
+    return map;
+}
+
+struct Product {
+    const TensorView &x, &weight, &out, &partials, &counters;
+    int cell_features;  // 0: not gated
+};
+
+template <int NUM_ROWS, bool IS_TRANSPOSED, bool IS_GATED>
+void multiply_rows_as(const Product& p) {
+    using R = Ring<NUM_ROWS>;
+    const int num_rows = p.x.size(0), num_elements = p.x.size(1), num_weights = p.weight.size(0);
+    TVM_FFI_ICHECK(num_elements % BLOCK == 0 && num_weights % TILE == 0 && p.cell_features % FEATURES == 0);
+    const CUtensorMap x_map = tensor_map(p.x, num_elements, num_rows, p.x.stride(0), NUM_ROWS);
+    const CUtensorMap weight_map = IS_TRANSPOSED
+                                       ? tensor_map(p.weight, num_weights, num_elements, p.weight.stride(1), ELEMENTS)
+                                       : tensor_map(p.weight, num_elements, num_weights, p.weight.stride(0), FEATURES);
+    const int num_blocks = num_elements / BLOCK, num_tiles = num_weights / TILE;
+    ffi::CUDADeviceGuard device_guard(p.x.device().device_id);
+    int num_ctas = 0;
+    cudaDeviceGetAttribute(&num_ctas, cudaDevAttrMultiProcessorCount, p.x.device().device_id);
+    num_ctas = std::min(num_ctas, num_tiles * num_blocks);
+    TVM_FFI_ICHECK(p.partials.numel() >= num_ctas * R::NUM_SUMS * NUM_CONSUMERS && p.counters.numel() >= num_tiles);
+    const int num_whole = num_tiles / num_ctas;
+    const Work work{num_blocks, num_ctas, num_tiles - num_whole * num_ctas, num_whole};
+    const auto kernel = multiply_rows_kernel<NUM_ROWS, IS_TRANSPOSED, IS_GATED>;
+    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, R::BYTES);
+    if (status == cudaSuccess) {
+        status = launch_early(kernel, num_ctas, NUM_THREADS, R::BYTES, get_stream(p.x.device()), weight_map, x_map,
+                              static_cast<u16*>(p.out.data_ptr()), static_cast<float*>(p.partials.data_ptr()),
+                              static_cast<int*>(p.counters.data_ptr()), num_rows, static_cast<int>(p.out.size(1)), work,
+                              p.cell_features);
+    }
+    TVM_FFI_ICHECK(status == cudaSuccess) << "multiply_rows: " << cudaGetErrorString(status);
+}
+
+template <int NUM_ROWS>
+void multiply_padded_rows(const Product& p) {
+    if (p.weight.stride(0) == 1) {
+        multiply_rows_as<NUM_ROWS, true, false>(p);
+    } else if (p.cell_features > 0) {
+        multiply_rows_as<NUM_ROWS, false, true>(p);
+    } else {
+        multiply_rows_as<NUM_ROWS, false, false>(p);
+    }
+}
+
+}  // namespace
+
+// `out` (N, F) of `x` (N, K), N up to 64, and `weight` (F, K), contiguous or the transpose of a contiguous tensor. With
+// `cell_features` weight has, cell by cell, so many gates and as many ups, and out is silu(gate) up. Uses `partials`,
+// float32, and `counters`, int32 zeros.
+void multiply_rows(TensorView x, TensorView weight, TensorView out, TensorView partials, TensorView counters,
+                   int64_t cell_features) {
+    const Product product{x, weight, out, partials, counters, static_cast<int>(cell_features)};
+    switch ((x.size(0) + 7) / 8) {
+        case 1: return multiply_padded_rows<8>(product);
+        case 2: return multiply_padded_rows<16>(product);
+        case 3: return multiply_padded_rows<24>(product);
+        case 4: return multiply_padded_rows<32>(product);
+        case 5: return multiply_padded_rows<40>(product);
+        case 6: return multiply_padded_rows<48>(product);
+        case 7: return multiply_padded_rows<56>(product);
+        case 8: return multiply_padded_rows<64>(product);
+    }
+    TVM_FFI_ICHECK(false) << "multiply_rows: " << x.size(0) << " rows, at most 64";
+}
+
+// In place: residual (N, M) += x, and x (N, M) is the RMS norm of the sum times weight + weight_offset, M up to 16,384.
+void add_rms_norm_rows(TensorView x, TensorView residual, TensorView weight, double eps, double weight_offset) {
+    CHECK_INPUT(x);
+    CHECK_INPUT(residual);
+    const int num_rows = x.size(0), num_vectors = x.size(1) / 8;
+    TVM_FFI_ICHECK(x.size(1) % 8 == 0 && num_vectors <= NORM_THREADS * MAX_VECTORS);
+    ffi::CUDADeviceGuard device_guard(x.device().device_id);
+    const cudaError_t status =
+        launch_early(add_rms_norm_kernel, num_rows, NORM_THREADS, 0, get_stream(x.device()),
+                     static_cast<uint4*>(x.data_ptr()), static_cast<uint4*>(residual.data_ptr()),
+                     static_cast<const uint4*>(weight.data_ptr()), num_vectors, static_cast<float>(eps),
+                     static_cast<float>(weight_offset));
+    TVM_FFI_ICHECK(status == cudaSuccess) << "add_rms_norm_rows: " << cudaGetErrorString(status);
+}
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(multiply_rows, multiply_rows);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_rms_norm_rows, add_rms_norm_rows);

@@ -1,0 +1,96 @@
+"""A decode step's linear products and norms by kernels of our own, row_kernels.cu, which says how they work.
+
+They begin while the kernels before them still run, and read weights meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from seesaw_ds.model.own_kernel import OwnKernel
+
+MOST_ROWS = 64
+# As in the source.
+_BLOCK = 128  # elements of a row that are multiplied at once
+_TILE = 128  # features, of which a product with a gate has half as many gates
+_FLOATS_OF_CTA = MOST_ROWS // 2 * 256
+_MOST_NORM_SIZE = 4 * 512 * 8
+
+_SOURCE = Path(__file__).with_suffix(".cu")
+_INSTEAD = "decode steps have cuBLASLt's products and FlashInfer's norms"
+_KERNELS = {
+    torch.bfloat16: OwnKernel(_SOURCE, _INSTEAD),
+    torch.float16: OwnKernel(_SOURCE, _INSTEAD, ["-DIS_HALF"]),
+}
+
+
+def row_kernels(dtype: torch.dtype, device: torch.device) -> OwnKernel | None:
+    """Those of a model in `dtype`, where the device can have them."""
+    kernel = _KERNELS.get(dtype)
+    return kernel if kernel is not None and kernel.can_run(device) else None
+
+
+def make_row_kernels(dtype: torch.dtype, device: torch.device) -> RowKernels | None:
+    kernel = row_kernels(dtype, device)
+    return None if kernel is None else RowKernels(kernel, device)
+
+
+class RowKernels:
+    """For up to `MOST_ROWS` rows, one stream at a time. Nothing is loaded before `prepare`."""
+
+    def __init__(self, kernel: OwnKernel, device: torch.device) -> None:
+        self._kernel = kernel
+        num_ctas = torch.cuda.get_device_properties(device).multi_processor_count
+        self._partials = torch.empty(num_ctas * _FLOATS_OF_CTA, dtype=torch.float32, device=device)
+        self._counters = torch.zeros(0, dtype=torch.int32, device=device)
+
+    def prepare(self, weights: Iterable[torch.Tensor]) -> bool:
+        """Load the kernels, and make room for products with these weights; False if the kernels cannot be had."""
+        num_tiles = max((weight.shape[0] // _TILE for weight in weights), default=0)
+        if num_tiles > self._counters.numel():
+            self._counters = self._counters.new_zeros(num_tiles)
+        return self._kernel.loads
+
+    def multiplies(self, num_rows: int, weight: torch.Tensor) -> bool:
+        """Whether `multiply` takes so many rows, and an (out, in) weight."""
+        num_out, num_in = weight.shape
+        return (
+            num_rows <= MOST_ROWS
+            and num_out % _TILE == num_in % _BLOCK == 0
+            and weight.stride() in ((num_in, 1), (1, num_out))
+            and weight.data_ptr() % 16 == 0
+        )
+
+    def multiply(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``x @ weight.T``: (N, in) and (out, in), contiguous or the transpose of a contiguous tensor, to (N, out)."""
+        return self._multiply(x, weight, weight.shape[0], 0)
+
+    def gates(self, weight: torch.Tensor, num_cells: int) -> bool:
+        """Whether `multiply_gated` takes a weight that `multiply` takes."""
+        return weight.is_contiguous() and weight.shape[0] % (_TILE * num_cells) == 0
+
+    def multiply_gated(self, x: torch.Tensor, weight: torch.Tensor, num_cells: int) -> torch.Tensor:
+        """``silu(x @ gate.T) * (x @ up.T)``, (N, F), of a contiguous (2 F, in) weight that has gates and ups in turn,
+        F / `num_cells` of each.
+        """
+        num_features = weight.shape[0] // 2
+        return self._multiply(x, weight, num_features, num_features // num_cells)
+
+    def _multiply(self, x: torch.Tensor, weight: torch.Tensor, num_out: int, cell_features: int) -> torch.Tensor:
+        out = x.new_empty((x.shape[0], num_out))
+        self._kernel.module.multiply_rows(x, weight, out, self._partials, self._counters, cell_features)
+        return out
+
+    def norms(self, x_NM: torch.Tensor) -> bool:
+        """Whether `add_rms_norm` takes it."""
+        num_rows, size = x_NM.shape
+        return num_rows <= MOST_ROWS and size % 8 == 0 and size <= _MOST_NORM_SIZE and x_NM.is_contiguous()
+
+    def add_rms_norm(
+        self, x_NM: torch.Tensor, residual_NM: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
+    ) -> None:
+        """In place: `residual_NM` += `x_NM`, which becomes its norm times (weight + weight_offset)."""
+        self._kernel.module.add_rms_norm_rows(x_NM, residual_NM, weight, eps, weight_offset)
