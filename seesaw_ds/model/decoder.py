@@ -40,7 +40,9 @@ class FeedForward(nn.Module):
         self._num_cells = num_cells
         self._ops = ops
         self.gate_up = ColumnLinear(shape.hidden_size, 2 * shape.intermediate_size, groups.tp, ops.linear, dtype)
-        self.down = RowLinear(shape.intermediate_size, shape.hidden_size, groups.tp, ops.linear, all_reduce, dtype)
+        self.down = RowLinear(
+            shape.intermediate_size, shape.hidden_size, groups.tp, ops.linear_all_reduce, all_reduce, dtype
+        )
 
     def bind(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         """Take arena views, both (rows, M)."""
@@ -96,7 +98,7 @@ class DecoderLayer(nn.Module):
             bias = replicated[f"qkv_bias.{layer}"].chunk(groups.layout.tp)[groups.coords.tp]
             self.qkv.bias = nn.Parameter(bias, requires_grad=False)
         self.o = RowLinear(
-            shape.num_heads * shape.head_dim, shape.hidden_size, groups.tp, ops.linear, all_reduce, dtype
+            shape.num_heads * shape.head_dim, shape.hidden_size, groups.tp, ops.linear_all_reduce, all_reduce, dtype
         )
         self.ffn: FeedForward | Experts
         if shape.num_experts:

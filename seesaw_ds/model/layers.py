@@ -17,6 +17,8 @@ from seesaw_ds.parallel.all_reduce import AllReduce
 
 # (x, weight, bias or None) to x @ weight.T + bias
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+# (x, weight, all-reduce) to the sum over ranks of x @ weight.T
+ReducedLinear = Callable[[torch.Tensor, torch.Tensor, AllReduce], torch.Tensor]
 
 
 def _config(group: ProcessGroup, dtype: torch.dtype) -> ModelParallelConfig:
@@ -65,7 +67,7 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
         input_size: int,
         output_size: int,
         group: ProcessGroup,
-        linear: Linear,
+        linear: ReducedLinear,
         all_reduce: AllReduce,
         dtype: torch.dtype,
     ) -> None:
@@ -84,7 +86,7 @@ class RowLinear(RowParallelLinear):  # type: ignore[misc]
         self._all_reduce = all_reduce
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return self._all_reduce(self._linear(input_, self.weight, None)), None
+        return self._linear(input_, self.weight, self._all_reduce), None
 
 
 class VocabEmbedding(VocabParallelEmbedding):  # type: ignore[misc]

@@ -14,6 +14,8 @@ import torch
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch.distributed import ProcessGroup
 
+from seesaw_ds.parallel import host_slots
+from seesaw_ds.parallel.host_slots import HostSlots
 from seesaw_ds.parallel.peers import Reach, gather, reach
 from seesaw_ds.parallel.shared_memory import share_mapping
 
@@ -30,6 +32,10 @@ class AllReduce(Protocol):
     @property
     def most_kernel_bytes(self) -> int:
         """Up to this size a tensor is summed by a kernel of ours, or need not be summed; NCCL sums larger ones."""
+
+    @property
+    def host_slots(self) -> HostSlots | None:
+        """Where it goes through host memory: that of sums which begin while a product goes on."""
 
     def after_capture(self) -> None:
         """Called by every rank of the group after each CUDA graph capture that used it."""
@@ -50,6 +56,10 @@ class BackendAllReduce:
     @property
     def most_kernel_bytes(self) -> int:
         return sys.maxsize if self._is_alone else 0
+
+    @property
+    def host_slots(self) -> HostSlots | None:
+        return None
 
     def after_capture(self) -> None:
         pass
@@ -90,6 +100,10 @@ class OneShotAllReduce:
     def most_kernel_bytes(self) -> int:
         return ONE_SHOT_MAX_BYTES
 
+    @property
+    def host_slots(self) -> HostSlots | None:
+        return None
+
     def after_capture(self) -> None:
         handle, offsets = self._comm.vllm_get_graph_buffer_ipc_meta(self._handle)
         gathered = gather((handle, offsets), self._group)
@@ -109,5 +123,6 @@ def choose_all_reduce(group: ProcessGroup, device: torch.device, has_graphs: boo
 def _host_staged(group: ProcessGroup, device: torch.device) -> AllReduce:
     from seesaw_ds.parallel.host_all_reduce import HostStagedAllReduce, required_bytes
 
-    mapping = share_mapping("all-reduce", required_bytes(group.size()), group, device)
-    return HostStagedAllReduce(group, device, mapping)
+    own_bytes = required_bytes(group.size())
+    mapping = share_mapping("all-reduce", own_bytes + host_slots.required_bytes(group.size()), group, device)
+    return HostStagedAllReduce(group, device, mapping, HostSlots(group, device, mapping, own_bytes))

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from seesaw_ds.parallel import device as devices
 from seesaw_ds.parallel.all_reduce import BackendAllReduce
+from seesaw_ds.parallel.host_slots import HostSlots
 from seesaw_ds.parallel.shared_memory import NodeSharedMapping
 
 VECTOR_BYTES = 16  # what one thread loads or stores at once
@@ -71,11 +72,17 @@ class HostStagedAllReduce:
     """
 
     def __init__(
-        self, group: ProcessGroup, device: torch.device, mapping: NodeSharedMapping, num_writers: int = NUM_WRITERS
+        self,
+        group: ProcessGroup,
+        device: torch.device,
+        mapping: NodeSharedMapping,
+        host_slots: HostSlots | None = None,
+        num_writers: int = NUM_WRITERS,
     ) -> None:
         from seesaw_ds.parallel.host_all_reduce_kernel import reduce_through_host
 
         self._kernel = reduce_through_host
+        self._host_slots = host_slots
         self._is_early = devices.can_start_early(device)
         self._rank = group.rank()
         self._num_ranks = group.size()
@@ -133,6 +140,10 @@ class HostStagedAllReduce:
     @property
     def most_kernel_bytes(self) -> int:
         return self._max_bytes
+
+    @property
+    def host_slots(self) -> HostSlots | None:
+        return self._host_slots
 
     def after_capture(self) -> None:
         pass

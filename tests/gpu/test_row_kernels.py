@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from seesaw_ds.model.ops.row_kernels import MOST_ROWS, RowKernels, make_row_kernels
 from seesaw_ds.model.ops.torch_ops import TorchOps
+from seesaw_ds.parallel.host_slots import HostSlots
 
 pytestmark = pytest.mark.gpu(1, capability=(9, 0))
 
@@ -67,6 +70,34 @@ def test_what_it_does_not_take() -> None:
     assert not kernels.multiplies(8, weight[:, :128]), "strided"
     assert not kernels.gates(weight, 4), "a cell with half of what a tile has"
     assert not kernels.gates(matrix(256, 256, True), 1)
+
+
+class Alone:
+    """A group of one rank, and memory that it shares with itself."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+    def tensor(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True], ids=["by rows", "by columns"])
+@pytest.mark.parametrize("size", WEIGHTS[1:4], ids=str)
+def test_sum_over_one_rank(size: tuple[int, int], is_transposed: bool) -> None:
+    weight = matrix(*size, is_transposed)
+    kernels = made(torch.bfloat16, weight)
+    slots = HostSlots(Alone(), torch.device("cuda"), Alone(), 0)  # type: ignore[arg-type]
+    for num_rows in ROWS:
+        assert kernels.reduces(num_rows, weight, slots)
+        x = rows(num_rows, size[1])
+        expected = F.linear(x.float(), weight.float())
+        for _ in range(3):
+            total = kernels.multiply_and_reduce(x, weight, slots)
+            torch.testing.assert_close(total.float(), expected, rtol=1e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("size", [1024, 8192, 16384])

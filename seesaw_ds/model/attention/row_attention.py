@@ -12,8 +12,8 @@ import torch
 
 from seesaw_ds.model.attention.interface import AttentionBatch, AttentionRule
 from seesaw_ds.model.attention.row_plan import PAGE, WARPS, packed_size, plan_rows
-from seesaw_ds.model.own_kernel import OwnKernel
 from seesaw_ds.parallel.device import to_device
+from seesaw_ds.parallel.own_kernel import OwnKernel
 
 HEAD_DIM = 128
 MAX_GROUP = 8

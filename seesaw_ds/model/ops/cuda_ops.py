@@ -20,6 +20,7 @@ from seesaw_ds.model.families.family import Activation
 from seesaw_ds.model.ops.interface import TokenPlaces
 from seesaw_ds.model.ops.products import TunedProducts, TuningTimes
 from seesaw_ds.model.ops.row_kernels import RowKernels
+from seesaw_ds.parallel.all_reduce import AllReduce
 from seesaw_ds.parallel.device import can_start_early
 
 
@@ -42,6 +43,13 @@ class CudaOps:
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return self._products(x, weight, bias)
+
+    def linear_all_reduce(self, x: torch.Tensor, weight: torch.Tensor, all_reduce: AllReduce) -> torch.Tensor:
+        # Whatever the timings of products say: all ranks have to do the same.
+        slots, rows = all_reduce.host_slots, self._rows if self._has_rows else None
+        if slots is not None and rows is not None and rows.reduces(x.shape[0], weight, slots):
+            return rows.multiply_and_reduce(x, weight, slots)
+        return all_reduce(self.linear(x, weight))
 
     def tune_linear(self, num_rows: Iterable[int], weights: Iterable[torch.Tensor]) -> TuningTimes:
         weights = list(weights)

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from seesaw_ds.model.ops.products import TuningTimes
+from seesaw_ds.parallel.all_reduce import AllReduce
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class LayerOps(Protocol):
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``x @ weight.T + bias``, if any: (N, in) and (out, in) to (N, out)."""
+
+    def linear_all_reduce(self, x: torch.Tensor, weight: torch.Tensor, all_reduce: AllReduce) -> torch.Tensor:
+        """The sum of ``x @ weight.T`` over the ranks of `all_reduce`."""
 
     def tune_linear(self, num_rows: Iterable[int], weights: Iterable[torch.Tensor]) -> TuningTimes:
         """Find the fastest way for each of these numbers of rows and weights, all (out, in)."""

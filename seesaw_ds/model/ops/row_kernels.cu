@@ -1,4 +1,5 @@
-// Kernels of a decode step: linear products of up to 64 rows, and the norms between them.
+// Kernels of a decode step: linear products of up to 64 rows, their sums over ranks through host memory, and the norms
+// between them.
 //
 // A product of so few rows is bound by reading its weights, and what keeps it from the memory's rate is its beginning:
 // the launch, the way of the first bytes, and all the kernels before it that leave the memory idle, an all-reduce above
@@ -44,6 +45,7 @@ constexpr int BLOCK = HALVES * ELEMENTS;
 constexpr int FEATURES = 64;    // of a tensor core's left operand
 constexpr int NUM_GROUPS = 2;   // warpgroups that multiply, each its own features
 constexpr int TILE = NUM_GROUPS * FEATURES;
+constexpr int MOST_ROWS = 64;
 constexpr int GROUP_BYTES = FEATURES * ROW_BYTES;
 constexpr int NUM_CONSUMERS = NUM_GROUPS * 128;
 constexpr int NUM_THREADS = NUM_CONSUMERS + 32;  // the last warp fetches
@@ -109,6 +111,14 @@ __device__ __forceinline__ void copy_box_once(u32 to, const CUtensorMap* map, in
         "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
         "l"(map), "r"(inner), "r"(outer), "r"(barrier), "l"(READ_ONCE)
         : "memory");
+}
+
+__device__ __forceinline__ void sync_group(int group) {
+    if (group == 0) {
+        asm volatile("bar.sync 2, 128;" ::: "memory");
+    } else {
+        asm volatile("bar.sync 3, 128;" ::: "memory");
+    }
 }
 
 __device__ __forceinline__ void sync_consumers() {
@@ -209,30 +219,38 @@ __device__ __forceinline__ u32 gated(float gate_0, float gate_1, float up_0, flo
     return packed(silu(gate.x) * up.x, silu(gate.y) * up.y);
 }
 
-// How units are given to CTAs: the cut tiles' first, then whole tiles.
+// How units are given to CTAs: the cut tiles' first, then whole tiles. For a sum over ranks all tiles are cut, in two
+// bands, one after the other; a CTA has units of both, and parts of two tiles of a band at most.
 struct Work {
-    int num_blocks, num_ctas, num_cut, num_whole;  // blocks of a tile; cut tiles; whole tiles of a CTA
+    int num_blocks, num_ctas;
+    int num_cut[2], num_whole;  // tiles of each band, and whole tiles of each CTA
+    bool is_reduced;
 
-    // Units [begin(cta), begin(cta + 1)) of the cut tiles are the CTA's.
-    __device__ __forceinline__ int begin(int cta) const {
-        return static_cast<u32>(cta) * (num_cut * num_blocks) / num_ctas;
+    __device__ __forceinline__ int first_tile(int band) const { return band == 0 ? 0 : num_cut[0]; }
+    __device__ __forceinline__ int num_units(int band) const { return num_cut[band] * num_blocks; }
+    // Units [begin(band, cta), begin(band, cta + 1)) of a band are the CTA's.
+    __device__ __forceinline__ int begin(int band, int cta) const {
+        return static_cast<u32>(cta) * num_units(band) / num_ctas;
     }
-    __device__ __forceinline__ int cta_of(int unit) const {
-        return (static_cast<u32>(unit + 1) * num_ctas - 1) / (num_cut * num_blocks);
+    __device__ __forceinline__ int cta_of(int band, int unit) const {
+        return (static_cast<u32>(unit + 1) * num_ctas - 1) / num_units(band);
+    }
+    // Where a CTA leaves its part of a tile for a sum over ranks.
+    __device__ __forceinline__ int part(int band, int cta, int tile) const {
+        return 2 * (band * num_ctas + cta) + (tile != first_tile(band) + begin(band, cta) / num_blocks);
     }
 };
 
 // Walks through a CTA's units.
 struct Cursor {
-    int tile, block, num_of_cut, num_left;  // units left of cut tiles, and in all, this one among them
+    int tile, block, band, num_of_cut, num_of_whole;  // the last: units left of this band, and of whole tiles
 
     __device__ __forceinline__ void begin(const Work& work) {
-        const int first = work.begin(blockIdx.x);
-        num_of_cut = work.begin(blockIdx.x + 1) - first;
-        num_left = num_of_cut + work.num_whole * work.num_blocks;
-        tile = first / work.num_blocks, block = first % work.num_blocks;
-        if (num_of_cut == 0) tile = work.num_cut + blockIdx.x, block = 0;
+        band = -1, num_of_cut = 0, num_of_whole = work.num_whole * work.num_blocks;
+        begin_band(work);
     }
+
+    __device__ __forceinline__ bool is_done() const { return num_of_cut == 0 && num_of_whole == 0; }
 
     // Units of this tile that come one after the other.
     __device__ __forceinline__ int num_of_tile(const Work& work) const {
@@ -240,15 +258,42 @@ struct Cursor {
     }
 
     __device__ __forceinline__ void advance(const Work& work, int count) {
-        const bool was_cut = num_of_cut > 0;
-        num_left -= count, num_of_cut -= count, block += count;
-        if (was_cut && num_of_cut == 0) {
-            tile = work.num_cut + blockIdx.x, block = 0;
-        } else if (block == work.num_blocks) {
-            tile += was_cut ? 1 : work.num_ctas, block = 0;
+        block += count;
+        if (num_of_cut > 0) {
+            num_of_cut -= count;
+            if (num_of_cut == 0) {
+                begin_band(work);
+            } else if (block == work.num_blocks) {
+                tile++, block = 0;
+            }
+        } else {
+            num_of_whole -= count;
+            if (block == work.num_blocks) tile += work.num_ctas, block = 0;
         }
     }
+
+private:
+    // Go on with the next band that has units for this CTA, or with its whole tiles.
+    __device__ __forceinline__ void begin_band(const Work& work) {
+        while (++band < 2) {
+            const int first = work.begin(band, blockIdx.x);
+            num_of_cut = work.begin(band, blockIdx.x + 1) - first;
+            tile = work.first_tile(band) + first / work.num_blocks, block = first % work.num_blocks;
+            if (num_of_cut > 0) return;
+        }
+        tile = work.num_cut[0] + blockIdx.x, block = 0;
+    }
 };
+
+// `parts` are those of the thread's place in its CTA.
+template <int NUM_SUMS>
+__device__ __forceinline__ void add_part(float* sums, const float4* parts, int part) {
+#pragma unroll
+    for (int i = 0; i < NUM_SUMS / 4; i++) {
+        const float4 sum = __ldcg(parts + (part * (NUM_SUMS / 4) + i) * NUM_CONSUMERS);
+        sums[4 * i] += sum.x, sums[4 * i + 1] += sum.y, sums[4 * i + 2] += sum.z, sums[4 * i + 3] += sum.w;
+    }
+}
 
 // IS_TRANSPOSED: weights are (K, F) in memory. IS_GATED: features are silu(gate) up, of which each cell of weights has
 // `cell_features` gates, and then as many ups; a tile has 64 of both.
@@ -256,14 +301,15 @@ template <int NUM_ROWS, bool IS_TRANSPOSED, bool IS_GATED>
 __global__ void __launch_bounds__(NUM_THREADS, 1) multiply_rows_kernel(
     const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap x_map,
     u16* __restrict__ out,  // (N, F)
-    float* partials,        // (CTAs, NUM_SUMS, NUM_CONSUMERS)
-    int* counters,          // (tiles,) zeros, before and after
+    float* partials,        // (CTAs, NUM_SUMS, NUM_CONSUMERS), or (2 bands, CTAs, 2, ...) for a sum over ranks
+    int* counters,          // (tiles, NUM_GROUPS) zeros, before and after
     int num_rows, int num_features, Work work, int cell_features) {
     using R = Ring<NUM_ROWS>;
     extern __shared__ __align__(1024) unsigned char memory[];
     __shared__ u64 barriers[2 * R::NUM_STAGES];
 
-    allow_next_kernel();
+    // The sum over ranks counts its calls, so the one before it has to have ended: see below.
+    if (!work.is_reduced) allow_next_kernel();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 ring = shared_address(memory);
     const u32 filled = shared_address(barriers), emptied = filled + 8 * R::NUM_STAGES;
@@ -306,12 +352,13 @@ __global__ void __launch_bounds__(NUM_THREADS, 1) multiply_rows_kernel(
             }
         };
         const Cursor start = cursor;
-        const int num_at_first = min(cursor.num_left, R::NUM_STAGES);
-        for (int i = 0; i < num_at_first; i++) {
-            fetch_weights(i);
+        int num_at_first = 0;
+        for (; num_at_first < R::NUM_STAGES && !cursor.is_done(); num_at_first++) {
+            fetch_weights(num_at_first);
             cursor.advance(work, 1);
         }
         wait_for_kernels_before();
+        if (work.is_reduced) allow_next_kernel();
         cursor = start;
         for (int i = 0; i < num_at_first; i++) {
             fetch_x(i);
@@ -319,7 +366,7 @@ __global__ void __launch_bounds__(NUM_THREADS, 1) multiply_rows_kernel(
         }
         int stage = 0;
         u32 parity = 0;
-        while (cursor.num_left > 0) {
+        while (!cursor.is_done()) {
             wait_for(emptied + 8 * stage, parity);
             fetch_weights(stage);
             fetch_x(stage);
@@ -334,8 +381,8 @@ __global__ void __launch_bounds__(NUM_THREADS, 1) multiply_rows_kernel(
     float* const exchange = reinterpret_cast<float*>(memory + R::NUM_STAGES * R::STAGE_BYTES) + threadIdx.x % 128;
     int stage = 0;
     u32 parity = 0;
-    while (cursor.num_left > 0) {
-        const int tile = cursor.tile, num_units = cursor.num_of_tile(work);
+    while (!cursor.is_done()) {
+        const int tile = cursor.tile, band = cursor.band, num_units = cursor.num_of_tile(work);
         const bool has_first = cursor.block == 0;
         cursor.advance(work, num_units);
 #pragma unroll
@@ -362,32 +409,35 @@ __global__ void __launch_bounds__(NUM_THREADS, 1) multiply_rows_kernel(
             if (++stage == R::NUM_STAGES) stage = 0, parity ^= 1;
         }
 
-        if (num_units < work.num_blocks) {
-            float4* const part = reinterpret_cast<float4*>(partials) + threadIdx.x;
-            constexpr int PART = R::NUM_SUMS / 4 * NUM_CONSUMERS;
-            if (!has_first) {
+        float4* const parts = reinterpret_cast<float4*>(partials) + threadIdx.x;
+        int* const counter = counters + tile * NUM_GROUPS + group;
+        const auto store_part = [&](int part) {
 #pragma unroll
-                for (int i = 0; i < R::NUM_SUMS / 4; i++) {
-                    part[blockIdx.x * PART + i * NUM_CONSUMERS] =
-                        make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
-                }
-                sync_consumers();
-                if (threadIdx.x == 0) count(counters + tile);
+            for (int i = 0; i < R::NUM_SUMS / 4; i++) {
+                parts[(part * (R::NUM_SUMS / 4) + i) * NUM_CONSUMERS] =
+                    make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+            }
+            sync_group(group);
+            if (threadIdx.x % 128 == 0) count(counter);
+        };
+        if (work.is_reduced) {
+            store_part(work.part(band, blockIdx.x, tile));
+            continue;
+        }
+        if (num_units < work.num_blocks) {
+            if (!has_first) {
+                store_part(blockIdx.x);
                 continue;
             }
-            const int last = work.cta_of((tile + 1) * work.num_blocks - 1);
-            if (threadIdx.x == 0) {
-                wait_until(counters + tile, last - blockIdx.x);
-                counters[tile] = 0;
+            const int last = work.cta_of(0, (tile + 1) * work.num_blocks - 1);
+            if (threadIdx.x % 128 == 0) {
+                wait_until(counter, last - blockIdx.x);
+                *counter = 0;
             }
-            sync_consumers();
+            sync_group(group);
 #pragma unroll 2
-            for (int cta = blockIdx.x + 1; cta <= last; cta++) {
-#pragma unroll
-                for (int i = 0; i < R::NUM_SUMS / 4; i++) {
-                    const float4 sum = __ldcg(part + cta * PART + i * NUM_CONSUMERS);
-                    sums[4 * i] += sum.x, sums[4 * i + 1] += sum.y, sums[4 * i + 2] += sum.z, sums[4 * i + 3] += sum.w;
-                }
+            for (int other = blockIdx.x + 1; other <= last; other++) {
+                add_part<R::NUM_SUMS>(sums, parts, other);
             }
         }
 
@@ -421,6 +471,117 @@ __global__ void __launch_bounds__(NUM_THREADS, 1) multiply_rows_kernel(
         }
         if (IS_GATED) sync_consumers();
     }
+}
+
+__device__ __forceinline__ void wait_for_flag(const u64* flag, u64 least) {
+    u64 seen;
+    do {
+        asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(seen) : "l"(flag) : "memory");
+    } while (seen < least);
+}
+
+__device__ __forceinline__ void raise_flag(u64* flag, u64 call) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(flag), "l"(call) : "memory");
+}
+
+// Past the caches: what others write to host memory changes behind their back.
+__device__ __forceinline__ uint2 load_slot(const uint2* from) {
+    uint2 value;
+    asm volatile("ld.volatile.global.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "l"(from) : "memory");
+    return value;
+}
+
+constexpr int FLAG_STRIDE = 8;  // as host_slots.py has it: each flag has a cache line of its own
+
+// The sum over ranks of the product before it, which goes on meanwhile; that of the first band travels through host memory
+// while the second one is computed:
+//
+//     product    band 0 | band 1 |
+//     link out            band 0   band 1
+//     link in               band 0   band 1
+//
+// One CTA for 64 features adds up the parts of this rank, leaves the result in host memory for the others, and adds
+// theirs, in the order of the ranks. What a call writes is not overwritten while it is read: host_all_reduce_kernel.py,
+// with a counter of calls for every 64 features. A rank's call starts when its call before has ended, since the product
+// lets this kernel start only when it has waited for all kernels before it.
+template <int NUM_ROWS>
+__global__ void __launch_bounds__(128) reduce_tiles_kernel(
+    const float* partials, int* counters, u16* __restrict__ result,
+    uint2* slots,  // host, (ranks, 2 halves, max_pieces, MOST_ROWS / 8, 128)
+    u64* flags,    // host, (ranks, max_pieces, FLAG_STRIDE)
+    u64* calls,    // (max_pieces,)
+    int num_rows, int num_features, Work work, int rank, int num_ranks, int max_pieces) {
+    constexpr int NUM_SUMS = NUM_ROWS / 2, NUM_WORDS = NUM_ROWS / 8;
+    allow_next_kernel();
+    const int piece = blockIdx.x, tile = piece / NUM_GROUPS, group = piece % NUM_GROUPS;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int band = tile >= work.num_cut[0], first_unit = (tile - work.first_tile(band)) * work.num_blocks;
+    const int first = work.cta_of(band, first_unit), last = work.cta_of(band, first_unit + work.num_blocks - 1);
+    const u64 call = *const_cast<volatile u64*>(calls + piece) + 1;
+    if (threadIdx.x == 0) {
+        wait_until(counters + piece, last - first + 1);
+        counters[piece] = 0;
+    }
+    __syncthreads();
+
+    float sums[NUM_SUMS];
+#pragma unroll
+    for (int i = 0; i < NUM_SUMS; i++) sums[i] = 0;
+    const float4* const parts = reinterpret_cast<const float4*>(partials) + group * 128 + threadIdx.x;
+#pragma unroll 3
+    for (int cta = first; cta <= last; cta++) add_part<NUM_SUMS>(sums, parts, work.part(band, cta, tile));
+
+    // Of rows 8 i + lane / 4: two features, and the two that are eight further.
+    uint2 own[NUM_WORDS];
+#pragma unroll
+    for (int i = 0; i < NUM_WORDS; i++) {
+        own[i] = make_uint2(transposed(packed(sums[4 * i], sums[4 * i + 1])),
+                            transposed(packed(sums[4 * i + 2], sums[4 * i + 3])));
+    }
+    const auto slot_of = [&](int owner) {
+        return slots + ((owner * 2 + call % 2) * max_pieces + piece) * (MOST_ROWS / 8) * 128 + threadIdx.x;
+    };
+    uint2* const mine = slot_of(rank);
+#pragma unroll
+    for (int i = 0; i < NUM_WORDS; i++) {
+        if (i * 8 + lane / 4 < num_rows) mine[i * 128] = own[i];
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        raise_flag(flags + (rank * max_pieces + piece) * FLAG_STRIDE, call);
+        for (int peer = 0; peer < num_ranks; peer++) {
+            if (peer != rank) wait_for_flag(flags + (peer * max_pieces + piece) * FLAG_STRIDE, call);
+        }
+    }
+    __syncthreads();
+
+    float totals[NUM_WORDS][4] = {};
+    for (int owner = 0; owner < num_ranks; owner++) {
+        const uint2* const theirs = slot_of(owner);
+        uint2 words[NUM_WORDS];
+#pragma unroll
+        for (int i = 0; i < NUM_WORDS; i++) {
+            words[i] = owner == rank || i * 8 + lane / 4 >= num_rows ? own[i] : load_slot(theirs + i * 128);
+        }
+#pragma unroll
+        for (int i = 0; i < NUM_WORDS; i++) {
+            const float2 low = unpacked(words[i].x), high = unpacked(words[i].y);
+            totals[i][0] += low.x, totals[i][1] += low.y, totals[i][2] += high.x, totals[i][3] += high.y;
+        }
+    }
+    u16* const to = result + piece * FEATURES + warp * 16 + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < NUM_WORDS; i++) {
+        const int row = i * 8 + lane / 4;
+        if (row < num_rows) {
+            u32* const at = reinterpret_cast<u32*>(to + static_cast<long long>(row) * num_features);
+            at[0] = packed(totals[i][0], totals[i][1]);
+            at[4] = packed(totals[i][2], totals[i][3]);
+        }
+    }
+    // Whoever waits for this kernel waits for the product too.
+    wait_for_kernels_before();
+    if (threadIdx.x == 0) calls[piece] = call;
 }
 
 constexpr int NORM_THREADS = 512;
@@ -522,33 +683,52 @@ CUtensorMap tensor_map(const TensorView& tensor, int num_inner, int num_outer, i
 
 struct Product {
     const TensorView &x, &weight, &out, &partials, &counters;
-    int cell_features;  // 0: not gated
+    int cell_features = 0;  // 0: not gated
+    // Of a sum over ranks.
+    int tiles_of_last_band = 0, rank = 0;
+    const TensorView *slots = nullptr, *flags = nullptr, *calls = nullptr;
 };
 
 template <int NUM_ROWS, bool IS_TRANSPOSED, bool IS_GATED>
 void multiply_rows_as(const Product& p) {
     using R = Ring<NUM_ROWS>;
     const int num_rows = p.x.size(0), num_elements = p.x.size(1), num_weights = p.weight.size(0);
+    const int num_features = p.out.size(1), num_blocks = num_elements / BLOCK, num_tiles = num_weights / TILE;
     TVM_FFI_ICHECK(num_elements % BLOCK == 0 && num_weights % TILE == 0 && p.cell_features % FEATURES == 0);
+    TVM_FFI_ICHECK(p.tiles_of_last_band < num_tiles && p.counters.numel() >= num_tiles * NUM_GROUPS);
+    ffi::CUDADeviceGuard device_guard(p.x.device().device_id);
+    int num_ctas = 0;
+    cudaDeviceGetAttribute(&num_ctas, cudaDevAttrMultiProcessorCount, p.x.device().device_id);
+    const bool is_reduced = p.tiles_of_last_band > 0;
+    const int num_first = num_tiles - p.tiles_of_last_band;
+    // Each has a unit of every band.
+    num_ctas = std::min(num_ctas, num_blocks * (is_reduced ? std::min(num_first, p.tiles_of_last_band) : num_tiles));
+    const int num_whole = is_reduced ? 0 : num_tiles / num_ctas, num_parts = is_reduced ? 4 * num_ctas : num_ctas;
+    TVM_FFI_ICHECK(p.partials.numel() >= static_cast<int64_t>(num_parts) * R::NUM_SUMS * NUM_CONSUMERS);
+    TVM_FFI_ICHECK(!is_reduced || num_first <= num_ctas) << "a CTA has parts of more than two tiles of a band";
+    const Work work{num_blocks, num_ctas, {num_first - num_whole * num_ctas, p.tiles_of_last_band}, num_whole, is_reduced};
     const CUtensorMap x_map = tensor_map(p.x, num_elements, num_rows, p.x.stride(0), NUM_ROWS);
     const CUtensorMap weight_map = IS_TRANSPOSED
                                        ? tensor_map(p.weight, num_weights, num_elements, p.weight.stride(1), ELEMENTS)
                                        : tensor_map(p.weight, num_elements, num_weights, p.weight.stride(0), FEATURES);
-    const int num_blocks = num_elements / BLOCK, num_tiles = num_weights / TILE;
-    ffi::CUDADeviceGuard device_guard(p.x.device().device_id);
-    int num_ctas = 0;
-    cudaDeviceGetAttribute(&num_ctas, cudaDevAttrMultiProcessorCount, p.x.device().device_id);
-    num_ctas = std::min(num_ctas, num_tiles * num_blocks);
-    TVM_FFI_ICHECK(p.partials.numel() >= num_ctas * R::NUM_SUMS * NUM_CONSUMERS && p.counters.numel() >= num_tiles);
-    const int num_whole = num_tiles / num_ctas;
-    const Work work{num_blocks, num_ctas, num_tiles - num_whole * num_ctas, num_whole};
+    auto* const out = static_cast<u16*>(p.out.data_ptr());
+    auto* const partials = static_cast<float*>(p.partials.data_ptr());
+    auto* const counters = static_cast<int*>(p.counters.data_ptr());
     const auto kernel = multiply_rows_kernel<NUM_ROWS, IS_TRANSPOSED, IS_GATED>;
+    const cudaStream_t stream = get_stream(p.x.device());
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, R::BYTES);
     if (status == cudaSuccess) {
-        status = launch_early(kernel, num_ctas, NUM_THREADS, R::BYTES, get_stream(p.x.device()), weight_map, x_map,
-                              static_cast<u16*>(p.out.data_ptr()), static_cast<float*>(p.partials.data_ptr()),
-                              static_cast<int*>(p.counters.data_ptr()), num_rows, static_cast<int>(p.out.size(1)), work,
-                              p.cell_features);
+        status = launch_early(kernel, num_ctas, NUM_THREADS, R::BYTES, stream, weight_map, x_map, out, partials, counters,
+                              num_rows, num_features, work, p.cell_features);
+    }
+    if (status == cudaSuccess && is_reduced) {
+        const int max_pieces = p.flags->size(1), num_ranks = p.flags->size(0);
+        TVM_FFI_ICHECK(num_tiles * NUM_GROUPS <= max_pieces && p.calls->numel() == max_pieces);
+        TVM_FFI_ICHECK(p.slots->numel() == 2ll * num_ranks * max_pieces * FEATURES * MOST_ROWS);
+        status = launch_early(reduce_tiles_kernel<NUM_ROWS>, num_tiles * NUM_GROUPS, 128, 0, stream, partials, counters, out,
+                              static_cast<uint2*>(p.slots->data_ptr()), static_cast<u64*>(p.flags->data_ptr()),
+                              static_cast<u64*>(p.calls->data_ptr()), num_rows, num_features, work, p.rank, num_ranks,
+                              max_pieces);
     }
     TVM_FFI_ICHECK(status == cudaSuccess) << "multiply_rows: " << cudaGetErrorString(status);
 }
@@ -564,15 +744,8 @@ void multiply_padded_rows(const Product& p) {
     }
 }
 
-}  // namespace
-
-// `out` (N, F) of `x` (N, K), N up to 64, and `weight` (F, K), contiguous or the transpose of a contiguous tensor. With
-// `cell_features` weight has, cell by cell, so many gates and as many ups, and out is silu(gate) up. Uses `partials`,
-// float32, and `counters`, int32 zeros.
-void multiply_rows(TensorView x, TensorView weight, TensorView out, TensorView partials, TensorView counters,
-                   int64_t cell_features) {
-    const Product product{x, weight, out, partials, counters, static_cast<int>(cell_features)};
-    switch ((x.size(0) + 7) / 8) {
+void multiply(const Product& product) {
+    switch ((product.x.size(0) + 7) / 8) {
         case 1: return multiply_padded_rows<8>(product);
         case 2: return multiply_padded_rows<16>(product);
         case 3: return multiply_padded_rows<24>(product);
@@ -582,7 +755,27 @@ void multiply_rows(TensorView x, TensorView weight, TensorView out, TensorView p
         case 7: return multiply_padded_rows<56>(product);
         case 8: return multiply_padded_rows<64>(product);
     }
-    TVM_FFI_ICHECK(false) << "multiply_rows: " << x.size(0) << " rows, at most 64";
+    TVM_FFI_ICHECK(false) << "multiply_rows: " << product.x.size(0) << " rows, at most " << MOST_ROWS;
+}
+
+}  // namespace
+
+// `out` (N, F) of `x` (N, K), N up to 64, and `weight` (F, K), contiguous or the transpose of a contiguous tensor. With
+// `cell_features` weight has, cell by cell, so many gates and as many ups, and out is silu(gate) up. Uses `partials`,
+// float32, and `counters`, int32 zeros.
+void multiply_rows(TensorView x, TensorView weight, TensorView out, TensorView partials, TensorView counters,
+                   int64_t cell_features) {
+    multiply({x, weight, out, partials, counters, static_cast<int>(cell_features)});
+}
+
+// The same, not gated, summed over ranks: `slots` and `flags` are host memory that they share, `calls`, int64, this one's.
+// So many tiles of 128 features come last, while the others travel.
+void multiply_and_reduce_rows(TensorView x, TensorView weight, TensorView out, TensorView partials, TensorView counters,
+                              int64_t tiles_of_last_band, int64_t rank, TensorView slots, TensorView flags,
+                              TensorView calls) {
+    TVM_FFI_ICHECK_GT(tiles_of_last_band, 0);
+    multiply({x, weight, out, partials, counters, 0, static_cast<int>(tiles_of_last_band), static_cast<int>(rank), &slots,
+              &flags, &calls});
 }
 
 // In place: residual (N, M) += x, and x (N, M) is the RMS norm of the sum times weight + weight_offset, M up to 16,384.
@@ -601,4 +794,5 @@ void add_rms_norm_rows(TensorView x, TensorView residual, TensorView weight, dou
 }
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(multiply_rows, multiply_rows);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(multiply_and_reduce_rows, multiply_and_reduce_rows);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(add_rms_norm_rows, add_rms_norm_rows);

@@ -10,13 +10,16 @@ from pathlib import Path
 
 import torch
 
-from seesaw_ds.model.own_kernel import OwnKernel
+from seesaw_ds.parallel.host_slots import HostSlots
+from seesaw_ds.parallel.own_kernel import OwnKernel
 
 MOST_ROWS = 64
 # As in the source.
 _BLOCK = 128  # elements of a row that are multiplied at once
 _TILE = 128  # features, of which a product with a gate has half as many gates
 _FLOATS_OF_CTA = MOST_ROWS // 2 * 256
+# For a sum over ranks through host memory, bytes of weights that are read while one byte travels: 4.3 TB/s, 34 GB/s.
+_BYTES_PER_BYTE = 128
 _MOST_NORM_SIZE = 4 * 512 * 8
 
 _SOURCE = Path(__file__).with_suffix(".cu")
@@ -38,20 +41,32 @@ def make_row_kernels(dtype: torch.dtype, device: torch.device) -> RowKernels | N
     return None if kernel is None else RowKernels(kernel, device)
 
 
+def tiles_of_last_band(num_tiles: int, num_rows: int, size: int, num_ctas: int) -> int:
+    """How many tiles of a product of (rows, size) are computed while the sum of the others travels.
+
+    As many as take as long, and give every CTA (thread block) some work; but no more than half of the tiles, which are
+    an even number: the sum of the last band travels when the product has ended.
+    """
+    share = 1 / (1 + size / (_BYTES_PER_BYTE * num_rows))
+    least = -(-num_ctas * _BLOCK // size)
+    return min(max(round(share * num_tiles), least), num_tiles // 2)
+
+
 class RowKernels:
     """For up to `MOST_ROWS` rows, one stream at a time. Nothing is loaded before `prepare`."""
 
     def __init__(self, kernel: OwnKernel, device: torch.device) -> None:
         self._kernel = kernel
-        num_ctas = torch.cuda.get_device_properties(device).multi_processor_count
-        self._partials = torch.empty(num_ctas * _FLOATS_OF_CTA, dtype=torch.float32, device=device)
+        self._num_ctas = num_ctas = torch.cuda.get_device_properties(device).multi_processor_count
+        # Of a sum over ranks a CTA has parts of two tiles of both bands.
+        self._partials = torch.empty(4 * num_ctas * _FLOATS_OF_CTA, dtype=torch.float32, device=device)
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
 
     def prepare(self, weights: Iterable[torch.Tensor]) -> bool:
         """Load the kernels, and make room for products with these weights; False if the kernels cannot be had."""
-        num_tiles = max((weight.shape[0] // _TILE for weight in weights), default=0)
-        if num_tiles > self._counters.numel():
-            self._counters = self._counters.new_zeros(num_tiles)
+        num_counters = 2 * max((weight.shape[0] // _TILE for weight in weights), default=0)
+        if num_counters > self._counters.numel():
+            self._counters = self._counters.new_zeros(num_counters)
         return self._kernel.loads
 
     def multiplies(self, num_rows: int, weight: torch.Tensor) -> bool:
@@ -67,6 +82,28 @@ class RowKernels:
     def multiply(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """``x @ weight.T``: (N, in) and (out, in), contiguous or the transpose of a contiguous tensor, to (N, out)."""
         return self._multiply(x, weight, weight.shape[0], 0)
+
+    def reduces(self, num_rows: int, weight: torch.Tensor, slots: HostSlots) -> bool:
+        """Whether `multiply_and_reduce` takes so many rows, and an (out, in) weight."""
+        num_out = weight.shape[0]
+        return num_out % (2 * _TILE) == 0 and self.multiplies(num_rows, weight) and slots.holds(num_rows, num_out)
+
+    def multiply_and_reduce(self, x: torch.Tensor, weight: torch.Tensor, slots: HostSlots) -> torch.Tensor:
+        """The sum of `multiply` over the ranks of `slots`, in float32 in the order of the ranks."""
+        out = x.new_empty((x.shape[0], weight.shape[0]))
+        self._kernel.module.multiply_and_reduce_rows(
+            x,
+            weight,
+            out,
+            self._partials,
+            self._counters,
+            tiles_of_last_band(weight.shape[0] // _TILE, x.shape[0], x.shape[1], self._num_ctas),
+            slots.rank,
+            slots.slots(x.dtype),
+            slots.flags,
+            slots.calls,
+        )
+        return out
 
     def gates(self, weight: torch.Tensor, num_cells: int) -> bool:
         """Whether `multiply_gated` takes a weight that `multiply` takes."""

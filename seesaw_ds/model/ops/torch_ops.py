@@ -11,6 +11,7 @@ from seesaw_ds.model.families.family import Activation
 from seesaw_ds.model.ops.interface import TokenPlaces
 from seesaw_ds.model.ops.products import TuningTimes
 from seesaw_ds.model.rope import RotaryTables
+from seesaw_ds.parallel.all_reduce import AllReduce
 
 
 class TorchOps:
@@ -22,6 +23,9 @@ class TorchOps:
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return F.linear(x, weight, bias)
+
+    def linear_all_reduce(self, x: torch.Tensor, weight: torch.Tensor, all_reduce: AllReduce) -> torch.Tensor:
+        return all_reduce(self.linear(x, weight))
 
     def tune_linear(self, num_rows: Iterable[int], weights: Iterable[torch.Tensor]) -> TuningTimes:
         return TuningTimes(0.0, 0.0)
