@@ -100,6 +100,11 @@ class Layers:
         workspace = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         return self._backends.make_attention(phase, 1, workspace, num_rows, num_blocks)
 
+    def tune(self, num_rows: int) -> None:
+        """Choose the products of decode steps that are captured, as the engine does."""
+        if self.has_graphs:
+            self._backends.ops.tune_linear([num_rows], self.stage.linear_weights())
+
     def step(
         self, attention: tuple[AttentionBackend, ...], query_lens: list[int], kv_lens: list[int]
     ) -> Callable[[], torch.Tensor]:
@@ -205,6 +210,7 @@ def main() -> int:
                 print_profile(run, num_layers, arguments.kernels)
         for num_rows in arguments.decode_rows:
             attention = layers.make_attention(Phase.DECODE, num_rows, 2 * -(-most // BLOCK_SIZE))
+            layers.tune(num_rows)
             run = layers.step(attention, [1] * num_rows, [arguments.context_len] * num_rows)
             ms = milliseconds(captured(run) if layers.has_graphs else run, device) / num_layers
             kv_bytes = (

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from seesaw_ds.errors import UserError
 from seesaw_ds.layout import ParallelLayout
-from seesaw_ds.plan.hardware import HardwareProfile, interpolate
+from seesaw_ds.plan.hardware import HardwareProfile, Points, interpolate
 from seesaw_ds.shapes import DTYPE_BYTES, ModelShape
 
 # Reads and writes of activations per token and layer outside matrix products and attention, in vectors: residual
@@ -82,15 +82,16 @@ class _TokenSeconds(NamedTuple):
 class CostModel:
     """Seconds of one layout of a model on one kind of machine. Pure arithmetic; equal calls give equal answers.
 
-    `trims_last_layer`: the model's last layer goes on after attention with the sampled rows alone, as in this engine.
-    Others, vLLM among them, run all layers for all tokens and pick the rows out after that.
+    `is_ours`: of this engine. The model's last layer goes on after attention with the sampled rows alone, and steps of
+    few rows have kernels of its own. Others, vLLM among them, run all layers for all tokens and pick the rows out after
+    that.
     """
 
     shape: ModelShape
     hardware: HardwareProfile
     layout: ParallelLayout
     dtype: str
-    trims_last_layer: bool = True
+    is_ours: bool = True
 
     @cached_property
     def itemsize(self) -> int:
@@ -165,8 +166,19 @@ class CostModel:
     def _head_by_rows(self) -> dict[int, float]:
         return {}
 
+    @cached_property
+    def _row_linear(self) -> Points:
+        """Of this engine's kernels for few rows; none where there are not any."""
+        return (self.hardware.row_linear or {}).get(self.dtype, ()) if self.is_ours else ()
+
+    @cached_property
+    def _most_few_rows(self) -> float:
+        return self._row_linear[-1][0] if self._row_linear else -1
+
     def linear_seconds(self, parameters: float, num_tokens: int) -> float:
         """One pass of `num_tokens` through `parameters` weights, which one device holds."""
+        if num_tokens <= self._most_few_rows:
+            return parameters * interpolate(self._row_linear, num_tokens)
         if self.hardware.linear is not None and self.dtype in self.hardware.linear:
             return parameters * interpolate(self.hardware.linear[self.dtype], num_tokens)
         memory = parameters * self.itemsize / self._bandwidth
@@ -209,7 +221,8 @@ class CostModel:
             qkv = self.linear_seconds(self._qkv_parameters, num_tokens)
             rest = self.linear_seconds(self._layer_parameters - self._qkv_parameters, num_tokens)
             message = num_tokens * self.shape.hidden_size * self.itemsize
-            after_attention = rest + 2 * self.hardware.all_reduce_seconds(message, self.layout.tp)
+            is_few = num_tokens <= self._most_few_rows
+            after_attention = rest + 2 * self.hardware.all_reduce_seconds(message, self.layout.tp, is_few)
             element = self.element_bytes(num_tokens) / self._element_bandwidth
             seconds = _TokenSeconds(qkv + after_attention + element, after_attention)
             self._seconds_by_tokens[num_tokens] = seconds
@@ -231,7 +244,7 @@ class CostModel:
         May be negative. A decode step is spared nothing, for all its tokens are rows.
         """
         seconds = self.head_seconds(work.num_rows)
-        if self.trims_last_layer:
+        if self.is_ours:
             rows = self._token_seconds(max(1, work.num_rows))  # one goes on where none is sampled
             seconds -= self._token_seconds(work.num_tokens).after_attention - rows.after_attention
         return seconds

@@ -52,6 +52,8 @@ class HardwareProfile:
     What a calibration measures besides; a data sheet leaves them out.
 
     linear                     by dtype: (tokens, seconds) points of a pass through one parameter; else the roofline
+    row_linear                 by dtype: as `linear`, of steps of few tokens by this engine's own kernels
+    row_all_reduce             by number of devices: as `all_reduce`, what steps of so few rows wait for one
     kv_bandwidth               bytes/s at which decode attention reads KV; else that of weights
     pads_decode                1 when decode attention reads every row as if it were as long as the step's longest
     element_bandwidth          bytes/s of norms, activations and residual additions; else that of weights
@@ -80,6 +82,8 @@ class HardwareProfile:
     duplex: float
     sources: Mapping[str, str]
     linear: Mapping[str, Points] | None = None
+    row_linear: Mapping[str, Points] | None = None
+    row_all_reduce: Mapping[int, Points] | None = None
     kv_bandwidth: float | None = None
     pads_decode: float | None = None
     element_bandwidth: float | None = None
@@ -88,13 +92,16 @@ class HardwareProfile:
     exchange_bandwidth: float | None = None
     runtime_bytes: int = 0
 
-    def all_reduce_seconds(self, num_bytes: float, degree: int) -> float:
+    def all_reduce_seconds(self, num_bytes: float, degree: int, has_few_rows: bool = False) -> float:
         """Seconds to sum `num_bytes` over `degree` devices: between the table's points, or along its last slope.
 
-        A degree that is not in the table takes the next larger one's, or the largest there is.
+        A degree that is not in the table takes the next larger one's, or the largest there is. With few rows, that is
+        where `row_linear` holds, `row_all_reduce` comes first.
         """
         if degree == 1:
             return 0.0
+        if has_few_rows and self.row_all_reduce is not None and degree in self.row_all_reduce:
+            return interpolate(self.row_all_reduce[degree], num_bytes)
         known = [size for size in self.all_reduce if size >= degree] or [max(self.all_reduce)]
         return interpolate(self.all_reduce[min(known)], num_bytes)
 
@@ -153,10 +160,10 @@ def _figure(name: str, value: Any) -> Any:
         return str(value)
     if name == "flops":
         return {str(k): _positive(f"flops.{k}", v) for k, v in _mapping(name, value).items()}
-    if name == "all_reduce":
-        return {int(k): _points(f"all_reduce.{k}", v) for k, v in _mapping(name, value).items()}
-    if name == "linear":
-        return {str(k): _points(f"linear.{k}", v) for k, v in _mapping(name, value).items()}
+    if name in ("all_reduce", "row_all_reduce"):
+        return {int(k): _points(f"{name}.{k}", v) for k, v in _mapping(name, value).items()}
+    if name in ("linear", "row_linear"):
+        return {str(k): _points(f"{name}.{k}", v) for k, v in _mapping(name, value).items()}
     if name == "sources":
         return {str(k): str(v) for k, v in _mapping(name, value).items()}
     return _positive(name, value)

@@ -261,7 +261,7 @@ def run_static_engine(
             f"num_kv_tokens={limits.num_kv_tokens}: the longest request has {longest} tokens; "
             "use more devices, or shorten it"
         )
-    cost = CostModel(shape, hardware, layout, dtype, trims_last_layer=False)
+    cost = CostModel(shape, hardware, layout, dtype, is_ours=False)
     replicas = [_Replica(cost, policy, limits, host) for _ in range(layout.dp)]
     for index, length in enumerate(lengths):
         turn, replica_index = divmod(index, layout.dp)

@@ -76,6 +76,28 @@ def test_measured_products_take_the_place_of_the_roofline():
     assert other.linear_seconds(1e9, 1) == pytest.approx(cost("T1").linear_seconds(1e9, 1))
 
 
+def test_steps_of_few_rows_have_this_engines_own_kernels():
+    few = {"bfloat16": ((1.0, 0.8e-12), (64.0, 0.9e-12))}
+    sums = {2: ((0.0, 1e-6), (1e6, 2e-6))}
+    machine = replace(hardware("h200-p2p-off"), row_linear=few, row_all_reduce=sums)
+    model = CostModel(MODEL, machine, ParallelLayout(tp=2), "bfloat16")
+    others = replace(model, is_ours=False)
+    plain = CostModel(MODEL, hardware("h200-p2p-off"), ParallelLayout(tp=2), "bfloat16", is_ours=False)
+    assert model.linear_seconds(1e9, 64) == pytest.approx(0.9e-3)
+    assert others.linear_seconds(1e9, 64) == plain.linear_seconds(1e9, 64)
+    assert model.linear_seconds(1e9, 65) == plain.linear_seconds(1e9, 65)
+    for num_rows in (64, 65):
+        work = StepWork(num_tokens=num_rows, num_rows=num_rows)
+        spared = others.layer_seconds(work) - model.layer_seconds(work)
+        if num_rows > 64:
+            assert spared == 0
+            continue
+        message = num_rows * MODEL.hidden_size * 2
+        products = others.linear_seconds(MODEL.layer_parameters / 2, num_rows) - 0.9e-12 * MODEL.layer_parameters / 2
+        waits = 2 * (machine.all_reduce_seconds(message, 2) - 1e-6 - message * 1e-12)
+        assert spared == pytest.approx(products + waits)
+
+
 def test_measured_bandwidths_hold_for_what_they_were_measured_on():
     machine = replace(hardware("a10"), kv_bandwidth=1e9, element_bandwidth=2e9)
     model = CostModel(MODEL, machine, ParallelLayout(), "bfloat16")
@@ -152,7 +174,7 @@ def test_after_attention_the_last_layer_has_the_sampled_rows_alone():
         spared = (500 - num_left) * (rest * 10e-15 + 2 * 1e-6)
         assert first == 40 * model.layer_seconds(work)
         assert last == pytest.approx(first + model.head_seconds(num_rows) - spared, rel=1e-12)
-        others = replace(model, trims_last_layer=False)
+        others = replace(model, is_ours=False)
         assert others.stage_seconds(work) == [first, first + model.head_seconds(num_rows)]
 
 
@@ -160,7 +182,7 @@ def test_after_attention_the_last_layer_has_the_sampled_rows_alone():
 def test_a_decode_step_takes_as_long_in_engines_that_run_all_layers_for_all_tokens(layouts):
     model = cost(layouts)
     for work in (model.decode_work([900] * 64), model.group_work(1, 5000.0)):
-        assert model.stage_seconds(work) == replace(model, trims_last_layer=False).stage_seconds(work)
+        assert model.stage_seconds(work) == replace(model, is_ours=False).stage_seconds(work)
 
 
 def test_a_dtype_without_a_rate_is_refused():

@@ -43,7 +43,7 @@ def test_one_token_outputs_need_no_decode_step():
 
 
 def test_every_layer_runs_for_every_token():
-    cost = CostModel(MODEL, hardware("a10"), ParallelLayout.parse("T8"), "bfloat16", trims_last_layer=False)
+    cost = CostModel(MODEL, hardware("a10"), ParallelLayout.parse("T8"), "bfloat16", is_ours=False)
     work = chunk_work(0, 500, True)
     run = simulate([RequestLength(500, 1)])
     assert run.seconds == pytest.approx(sum(cost.stage_seconds(work)) + cost.sample_seconds(1), rel=1e-12)
