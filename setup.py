@@ -8,7 +8,7 @@ setup(
     description="Offline LLM inference: prefill under pipeline parallelism, decode under tensor parallelism",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["seesaw_ds", "seesaw_ds.*"]),
-    package_data={"": ["*.cu"]},
+    package_data={"": ["*.cu", "*.cuh"]},
     install_requires=[
         "torch>=2.10,<2.14",
         "megatron-core>=0.16",

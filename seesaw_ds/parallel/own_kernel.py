@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 # Where they were measured: H200. They take up to 200 KiB of shared memory for a thread block.
 _CAPABILITY = (9, 0)
+_COMMON = Path(__file__).with_suffix(".cuh")
 
 
 class OwnKernel:
@@ -41,12 +42,12 @@ class OwnKernel:
         from flashinfer.jit import env
         from flashinfer.jit.core import gen_jit_spec
 
-        content = self._source.read_bytes() + " ".join(self._flags).encode()
+        content = self._source.read_bytes() + _COMMON.read_bytes() + " ".join(self._flags).encode()
         return gen_jit_spec(
             f"seesaw_{self._source.stem}_{hashlib.sha256(content).hexdigest()[:12]}",
             [self._source],
             extra_cuda_cflags=self._flags,
-            extra_include_paths=[env.FLASHINFER_CSRC_DIR],
+            extra_include_paths=[env.FLASHINFER_CSRC_DIR, _COMMON.parent],
         )
 
     @functools.cached_property

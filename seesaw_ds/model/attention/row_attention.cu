@@ -12,13 +12,9 @@
 // Scores are made transposed, (tokens, query heads) = K q^T, and so is the result, (dims, query heads) = V^T P^T: of
 // the 16 x 8 results of an mma, up to 8 query heads of a KV head then leave fewer unused.
 
-#include "tvm_ffi_utils.h"
+#include "own_kernel.cuh"
 
 namespace {
-
-using u32 = unsigned int;
-using u16 = unsigned short;
-using u64 = unsigned long long;
 
 constexpr int HEAD_DIM = 128;
 constexpr int PAGE = 16;      // tokens
@@ -29,9 +25,6 @@ constexpr int PAGE_BYTES = 2 * PAGE * ROW_BYTES;         // K, then V
 constexpr int TILES = HEAD_DIM / 16;                     // 16-dim slices of a head
 constexpr int PARTIAL = TILES * 32 * 4 + 2 * MAX_GROUP;  // floats of a Result in memory
 constexpr int SHARED_BYTES = WARPS * (STAGES * PAGE_BYTES + PARTIAL * 4);
-// What createpolicy.fractional.L2::evict_first makes; made by it, the compiler has more code for every copy. KV is not
-// read again soon: the L2 cache had better keep the plan, the queries and the partial results.
-constexpr u64 READ_ONCE = 0x12F0000000000000;
 constexpr float NEG_INF = -__builtin_huge_valf();
 
 struct __align__(16) Share {         // consecutive pages that a warp reads; as row_plan.py writes it
@@ -50,18 +43,10 @@ struct Row {  // as row_plan.py writes it
     int first_block, num_tokens;
 };
 
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-    return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
-
 __device__ __forceinline__ void copy_16(u32 to, const u16* from) {
     asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(READ_ONCE)
                  : "memory");
 }
-
-// Launched while the kernels before it still run, as those of ops/row_kernels.cu are, this one may read until here what
-// they do not write: its plan, and pages but for the last of a row, where the row's new token goes.
-__device__ __forceinline__ void wait_for_kernels_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -82,23 +67,6 @@ __device__ __forceinline__ void load_transposed_tile(u32 (&tile)[4], u32 address
                  : "=r"(tile[0]), "=r"(tile[1]), "=r"(tile[2]), "=r"(tile[3])
                  : "r"(address)
                  : "memory");
-}
-
-__device__ __forceinline__ u32 transposed(u32 matrix) {
-    u32 result;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(matrix));
-    return result;
-}
-
-template <bool IS_HALF>
-__device__ __forceinline__ u32 packed(float low, float high) {
-    u32 result;
-    if constexpr (IS_HALF) {
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-    } else {
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-    }
-    return result;
 }
 
 template <bool IS_HALF>
@@ -334,7 +302,9 @@ __global__ void __launch_bounds__(WARPS * 32, 1) attend_rows_kernel(
     float* const slots = reinterpret_cast<float*>(memory + WARPS * STAGES * PAGE_BYTES);
     if (lane == 0) heads[warp] = 0;
     if (threadIdx.x < 2) merges[threadIdx.x] = -1;
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    // Until it waits this kernel reads what those before it do not write: its plan, and pages but for the last of a row,
+    // where the row's new token goes.
+    allow_next_kernel();
 
     const Share share = shares[blockIdx.x * WARPS + warp];
     const int first_ids = shares[blockIdx.x * WARPS + warp].ids[lane % STAGES];
@@ -544,18 +514,12 @@ void attend_rows(TensorView queries, TensorView kv_cache, TensorView out, Tensor
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES);
     if (status == cudaSuccess) {
         constexpr float LOG2_E = 1.44269504f;
-        cudaLaunchAttribute attribute;
-        attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attribute.val.programmaticStreamSerializationAllowed = 1;
-        cudaLaunchConfig_t config = {};
-        config.gridDim = num_ctas, config.blockDim = WARPS * 32, config.dynamicSmemBytes = SHARED_BYTES;
-        config.stream = get_stream(queries.device()), config.attrs = &attribute, config.numAttrs = 1;
-        status = cudaLaunchKernelEx(
-            &config, kernel, static_cast<const u16*>(queries.data_ptr()), static_cast<const u16*>(kv_cache.data_ptr()),
+        status = launch_early(
+            kernel, num_ctas, WARPS * 32, SHARED_BYTES, get_stream(queries.device()),
+            static_cast<const u16*>(queries.data_ptr()), static_cast<const u16*>(kv_cache.data_ptr()),
             static_cast<u16*>(out.data_ptr()), shares, splits, rows, blocks, static_cast<float*>(partials.data_ptr()),
-            static_cast<int*>(counters.data_ptr()), num_heads, group, static_cast<long long>(kv_cache.stride(0)),
-            static_cast<long long>(kv_cache.stride(1)), static_cast<long long>(kv_cache.stride(2)),
-            static_cast<float>(scale) * LOG2_E);
+            static_cast<int*>(counters.data_ptr()), num_heads, group, kv_cache.stride(0), kv_cache.stride(1),
+            kv_cache.stride(2), static_cast<float>(scale) * LOG2_E);
     }
     TVM_FFI_ICHECK(status == cudaSuccess) << "attend_rows: " << cudaGetErrorString(status);
 }

@@ -30,13 +30,9 @@
 
 #include <algorithm>
 
-#include "tvm_ffi_utils.h"
+#include "own_kernel.cuh"
 
 namespace {
-
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
 
 constexpr int ROW_BYTES = 128;  // of a swizzled row of shared memory: 64 elements
 constexpr int ELEMENTS = ROW_BYTES / 2;
@@ -51,7 +47,6 @@ constexpr int NUM_CONSUMERS = NUM_GROUPS * 128;
 constexpr int NUM_THREADS = NUM_CONSUMERS + 32;  // the last warp fetches
 constexpr int MAX_STAGES = 5;
 constexpr int SHARED_BYTES = 200 << 10;        // leaves room for the small kernels that run meanwhile
-constexpr u64 READ_ONCE = 0x12F0000000000000;  // an L2 policy: evict first
 
 template <int NUM_ROWS>
 struct Ring {
@@ -64,14 +59,6 @@ struct Ring {
     static constexpr int NUM_STAGES = STAGES_THAT_FIT < MAX_STAGES ? STAGES_THAT_FIT : MAX_STAGES;
     static constexpr int BYTES = NUM_STAGES * STAGE_BYTES + EXCHANGE_BYTES;
 };
-
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-    return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
-
-__device__ __forceinline__ void allow_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-
-__device__ __forceinline__ void wait_for_kernels_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 __device__ __forceinline__ void init_barrier(u32 barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
@@ -143,9 +130,11 @@ __device__ __forceinline__ u64 matrix_at(u32 address) {
     return (address & 0x3FFFF) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
-#ifdef IS_HALF
+#ifdef FLOAT16
+constexpr bool IS_HALF = true;
 #define TYPES "f16.f16"
 #else
+constexpr bool IS_HALF = false;
 #define TYPES "bf16.bf16"
 #endif
 
@@ -187,36 +176,17 @@ __device__ __forceinline__ void multiply_add(float* s, u64 left, u64 right) {
     MULTIPLY(64, SUMS_32, OUT_32, "%32", "%33", "%34")
 }
 
-__device__ __forceinline__ u32 packed(float low, float high) {
-    u32 result;
-#ifdef IS_HALF
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-#endif
-    return result;
-}
-
 __device__ __forceinline__ float2 unpacked(u32 pair) {
-#ifdef IS_HALF
-    return __half22float2(*reinterpret_cast<__half2*>(&pair));
-#else
+    if constexpr (IS_HALF) return __half22float2(*reinterpret_cast<__half2*>(&pair));
     return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000));
-#endif
-}
-
-__device__ __forceinline__ u32 transposed(u32 matrix) {
-    u32 result;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(matrix));
-    return result;
 }
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
 
 // silu(gate) up, of values rounded as if they had been written in between.
 __device__ __forceinline__ u32 gated(float gate_0, float gate_1, float up_0, float up_1) {
-    const float2 gate = unpacked(packed(gate_0, gate_1)), up = unpacked(packed(up_0, up_1));
-    return packed(silu(gate.x) * up.x, silu(gate.y) * up.y);
+    const float2 gate = unpacked(packed<IS_HALF>(gate_0, gate_1)), up = unpacked(packed<IS_HALF>(up_0, up_1));
+    return packed<IS_HALF>(silu(gate.x) * up.x, silu(gate.y) * up.y);
 }
 
 // How units are given to CTAs: the cut tiles' first, then whole tiles. For a sum over ranks all tiles are cut, in two
@@ -458,7 +428,7 @@ __global__ void __launch_bounds__(NUM_THREADS, 1) multiply_rows_kernel(
                     const float* up = exchange + 4 * i * 128;
                     low = gated(sum[0], sum[1], up[0], up[128]), high = gated(sum[2], sum[3], up[256], up[384]);
                 } else {
-                    low = packed(sum[0], sum[1]), high = packed(sum[2], sum[3]);
+                    low = packed<IS_HALF>(sum[0], sum[1]), high = packed<IS_HALF>(sum[2], sum[3]);
                 }
                 low = transposed(low), high = transposed(high);
                 const int row = i * 8 + lane / 4;
@@ -535,8 +505,8 @@ __global__ void __launch_bounds__(128) reduce_tiles_kernel(
     uint2 own[NUM_WORDS];
 #pragma unroll
     for (int i = 0; i < NUM_WORDS; i++) {
-        own[i] = make_uint2(transposed(packed(sums[4 * i], sums[4 * i + 1])),
-                            transposed(packed(sums[4 * i + 2], sums[4 * i + 3])));
+        own[i] = make_uint2(transposed(packed<IS_HALF>(sums[4 * i], sums[4 * i + 1])),
+                            transposed(packed<IS_HALF>(sums[4 * i + 2], sums[4 * i + 3])));
     }
     const auto slot_of = [&](int owner) {
         return slots + ((owner * 2 + call % 2) * max_pieces + piece) * (MOST_ROWS / 8) * 128 + threadIdx.x;
@@ -575,8 +545,8 @@ __global__ void __launch_bounds__(128) reduce_tiles_kernel(
         const int row = i * 8 + lane / 4;
         if (row < num_rows) {
             u32* const at = reinterpret_cast<u32*>(to + static_cast<long long>(row) * num_features);
-            at[0] = packed(totals[i][0], totals[i][1]);
-            at[4] = packed(totals[i][2], totals[i][3]);
+            at[0] = packed<IS_HALF>(totals[i][0], totals[i][1]);
+            at[4] = packed<IS_HALF>(totals[i][2], totals[i][3]);
         }
     }
     // Whoever waits for this kernel waits for the product too.
@@ -615,7 +585,7 @@ __global__ void __launch_bounds__(NORM_THREADS) add_rms_norm_kernel(
             const float2 a = unpacked(pairs[0][j]), b = unpacked(pairs[1][j]);
             values[i][j] = make_float2(a.x + b.x, a.y + b.y);
             square += values[i][j].x * values[i][j].x + values[i][j].y * values[i][j].y;
-            sum[j] = packed(values[i][j].x, values[i][j].y);
+            sum[j] = packed<IS_HALF>(values[i][j].x, values[i][j].y);
         }
         residual[at] = make_uint4(sum[0], sum[1], sum[2], sum[3]);
     }
@@ -636,24 +606,11 @@ __global__ void __launch_bounds__(NORM_THREADS) add_rms_norm_kernel(
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const float2 factor = unpacked(pairs[j]);
-            norm[j] = packed(values[i][j].x * scale * (factor.x + weight_offset),
+            norm[j] = packed<IS_HALF>(values[i][j].x * scale * (factor.x + weight_offset),
                              values[i][j].y * scale * (factor.y + weight_offset));
         }
         x[at] = make_uint4(norm[0], norm[1], norm[2], norm[3]);
     }
-}
-
-// A kernel that may start while the one before it runs.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_early(void (*kernel)(Parameters...), int num_ctas, int num_threads, int shared_bytes,
-                         cudaStream_t stream, Arguments... arguments) {
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = num_ctas, config.blockDim = num_threads, config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream, config.attrs = &attribute, config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 }
 
 // Boxes of (outer, 64 inner) elements of (num_outer, num_inner), the outer at `stride`.
@@ -665,11 +622,7 @@ CUtensorMap tensor_map(const TensorView& tensor, int num_inner, int num_outer, i
         TVM_FFI_ICHECK(function != nullptr) << "this driver has no cuTensorMapEncodeTiled";
         return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
     }();
-#ifdef IS_HALF
-    constexpr auto TYPE = CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-#else
-    constexpr auto TYPE = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-#endif
+    constexpr auto TYPE = IS_HALF ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(num_inner), static_cast<cuuint64_t>(num_outer)};
     const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
     const cuuint32_t box[2] = {ELEMENTS, static_cast<cuuint32_t>(box_outer)}, steps[2] = {1, 1};

@@ -26,7 +26,7 @@ _SOURCE = Path(__file__).with_suffix(".cu")
 _INSTEAD = "decode steps have cuBLASLt's products and FlashInfer's norms"
 _KERNELS = {
     torch.bfloat16: OwnKernel(_SOURCE, _INSTEAD),
-    torch.float16: OwnKernel(_SOURCE, _INSTEAD, ["-DIS_HALF"]),
+    torch.float16: OwnKernel(_SOURCE, _INSTEAD, ["-DFLOAT16"]),
 }
 
 
