@@ -33,7 +33,15 @@ import torch.distributed as dist
 import yaml
 from torch import multiprocessing
 
-from calibration_device import CPU_SIZES, CUDA_SIZES, Sizes, copy_rates, layer_figures, linear_points
+from calibration_device import (
+    CPU_SIZES,
+    CUDA_SIZES,
+    Sizes,
+    copy_rates,
+    layer_figures,
+    linear_points,
+    row_linear_points,
+)
 from calibration_links import link_figures
 from seesaw_ds.engine.hardware import CALIBRATED, P2P_OFF, PROFILES, device_name, is_p2p_off
 from seesaw_ds.errors import UserError, exit_with
@@ -150,6 +158,10 @@ def measure_figures(sizes: Sizes, device: torch.device) -> Figures:
     with part("layers"):
         profile = make_profile({**figures, "layer_seconds": 1e-6, "step_seconds": 1e-6})
         figures |= layer_figures(sizes, profile, device)
+    with part("products of few rows"):
+        # After the layers, which are measured with torch's products.
+        if (points := row_linear_points(sizes, sizes.dtypes[0], device)) is not None:
+            figures["row_linear"] = {sizes.dtypes[0]: points}
     if device.type == "cuda":
         figures["runtime_bytes"] = runtime_bytes()
     return figures

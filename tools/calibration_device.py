@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ from profile_layers import BLOCK_SIZE, Layers, captured
 from seesaw_ds.layout import LayoutPair, ParallelLayout, Phase
 from seesaw_ds.model.attention.interface import AttentionBackend
 from seesaw_ds.model.attention.torch_backend import TorchAttention
+from seesaw_ds.model.ops.products import Product
+from seesaw_ds.model.ops.row_kernels import make_row_kernels
 from seesaw_ds.parallel import device as devices
 from seesaw_ds.plan.cost import CostModel
 from seesaw_ds.plan.hardware import HardwareProfile
@@ -26,6 +28,7 @@ from seesaw_ds.shapes import ModelShape
 MIB = 1 << 20
 _NUM_SPANS = 5
 _SPAN_SECONDS = 0.1
+_FEW_ROWS = (1, 20, 36, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,18 +143,36 @@ def linear_points(sizes: Sizes, dtype_name: str, device: torch.device) -> list[l
 
     The largest come first: under load a device may slow down to its power limit, and that is how prefill finds it.
     """
-    dtype = getattr(torch, dtype_name)
     token_counts = sizes.token_counts if dtype_name == sizes.dtypes[0] else sizes.few_token_counts
-    matrices = [torch.randn(sizes.matrix, dtype=dtype, device=device) for _ in range(sizes.num_matrices)]
+    return _product_points(_matrices(sizes, dtype_name, device), token_counts, F.linear)
+
+
+def row_linear_points(sizes: Sizes, dtype_name: str, device: torch.device) -> list[list[float]] | None:
+    """The same of the engine's own kernels for few rows; None where the device has none."""
+    kernels = make_row_kernels(getattr(torch, dtype_name), device) if device.type == "cuda" else None
+    matrices = _matrices(sizes, dtype_name, device)
+    if kernels is None or not kernels.prepare(matrices):
+        return None
+    return _product_points(matrices, _FEW_ROWS, kernels.multiply)
+
+
+def _matrices(sizes: Sizes, dtype_name: str, device: torch.device) -> list[torch.Tensor]:
+    dtype = getattr(torch, dtype_name)
+    return [torch.randn(sizes.matrix, dtype=dtype, device=device) for _ in range(sizes.num_matrices)]
+
+
+def _product_points(
+    matrices: Sequence[torch.Tensor], token_counts: Sequence[int], multiply: Product
+) -> list[list[float]]:
     seconds: dict[int, float] = {}
     for num_tokens in reversed(token_counts):
-        x = torch.randn((num_tokens, sizes.matrix[1]), dtype=dtype, device=device)
+        x = torch.randn((num_tokens, matrices[0].shape[1]), dtype=matrices[0].dtype, device=matrices[0].device)
 
         def run(x: torch.Tensor = x) -> None:
             for matrix in matrices:
-                F.linear(x, matrix)
+                multiply(x, matrix)
 
-        seconds[num_tokens] = typical_seconds(run, device) / (len(matrices) * matrices[0].numel())
+        seconds[num_tokens] = typical_seconds(run, matrices[0].device) / (len(matrices) * matrices[0].numel())
     points: list[list[float]] = []
     for num_tokens in token_counts:
         # Below the ridge all counts take the same time but for noise.

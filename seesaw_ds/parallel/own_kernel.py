@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import logging
 import shutil
 from collections.abc import Sequence
@@ -32,8 +33,10 @@ class OwnKernel:
 
     def can_run(self, device: torch.device) -> bool:
         """Whether it is for this device, and there, or a compiler for it."""
-        return torch.cuda.get_device_capability(device) == _CAPABILITY and (
-            self.spec.is_compiled or shutil.which("nvcc") is not None
+        return (
+            torch.cuda.get_device_capability(device) == _CAPABILITY
+            and importlib.util.find_spec("flashinfer") is not None
+            and (self.spec.is_compiled or shutil.which("nvcc") is not None)
         )
 
     @functools.cached_property

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 import calibrate
+import calibration_device
 from calibrate import Figures, profile_values, write_profile
 from seesaw_ds.engine.hardware import device_name
 from seesaw_ds.layout import ParallelLayout
@@ -41,6 +46,40 @@ def test_a_written_profile_is_found_whole_with_sources(tmp_path: Path) -> None:
     assert profile.pads_decode == 1.0
     assert profile.sources["duplex"].startswith("measured by tools/calibrate.py on 20")
     assert path.read_text().startswith(f"# {device_name()}: 2 ranks at once, 44 s")
+
+
+class OwnKernels:
+    """Those of a GPU, which this is not. Keeps what was multiplied."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, torch.Size]] = []
+
+    def prepare(self, weights: Iterable[torch.Tensor]) -> bool:
+        return True
+
+    def multiply(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        self.calls.append((len(x), weight.shape))
+        return x @ weight.T
+
+
+def test_products_of_few_rows_are_measured_where_there_are_kernels_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, kernels = replace(calibration_device.CPU_SIZES, matrix=(32, 16)), OwnKernels()
+
+    def typical_seconds(run: Callable[[], object], device: torch.device) -> float:
+        run()
+        return 1e-6 * sizes.num_matrices
+
+    monkeypatch.setattr(calibration_device, "typical_seconds", typical_seconds)
+    assert calibration_device.row_linear_points(sizes, "float32", torch.device("cpu")) is None
+    monkeypatch.setattr(calibration_device, "make_row_kernels", lambda dtype, device: kernels)
+    cuda = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(calibration_device, "_matrices", lambda *_: [torch.ones(32, 16)] * sizes.num_matrices)
+    points = calibration_device.row_linear_points(sizes, "float32", cuda)  # type: ignore[arg-type]
+    assert kernels.calls == [(rows, (32, 16)) for rows in (64, 36, 20, 1) for _ in range(sizes.num_matrices)]
+    assert [rows for rows, _ in points] == [1, 20, 36, 64]
+    assert points[0][1] == pytest.approx(1e-6 / 512)
+    profile = parse_hardware(profile_values(FIGURES | {"row_linear": {"float32": points}}, "local", "here"))
+    assert profile.row_linear["float32"][0] == pytest.approx((1.0, 1e-6 / 512), rel=1e-4)
 
 
 def test_one_rank_alone_has_a_profile_too() -> None:
