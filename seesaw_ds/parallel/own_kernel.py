@@ -45,7 +45,8 @@ class OwnKernel:
         from flashinfer.jit import env
         from flashinfer.jit.core import gen_jit_spec
 
-        content = self._source.read_bytes() + _COMMON.read_bytes() + " ".join(self._flags).encode()
+        sources = [self._source, _COMMON, *sorted(self._source.parent.glob("*.cuh"))]
+        content = b"".join(source.read_bytes() for source in sources) + " ".join(self._flags).encode()
         return gen_jit_spec(
             f"seesaw_{self._source.stem}_{hashlib.sha256(content).hexdigest()[:12]}",
             [self._source],

@@ -31,6 +31,7 @@
 #include <algorithm>
 
 #include "own_kernel.cuh"
+#include "row_work.cuh"
 
 namespace {
 
@@ -189,72 +190,6 @@ __device__ __forceinline__ u32 gated(float gate_0, float gate_1, float up_0, flo
     return packed<IS_HALF>(silu(gate.x) * up.x, silu(gate.y) * up.y);
 }
 
-// How units are given to CTAs: the cut tiles' first, then whole tiles. For a sum over ranks all tiles are cut, in two
-// bands, one after the other; a CTA has units of both, and parts of two tiles of a band at most.
-struct Work {
-    int num_blocks, num_ctas;
-    int num_cut[2], num_whole;  // tiles of each band, and whole tiles of each CTA
-    bool is_reduced;
-
-    __device__ __forceinline__ int first_tile(int band) const { return band == 0 ? 0 : num_cut[0]; }
-    __device__ __forceinline__ int num_units(int band) const { return num_cut[band] * num_blocks; }
-    // Units [begin(band, cta), begin(band, cta + 1)) of a band are the CTA's.
-    __device__ __forceinline__ int begin(int band, int cta) const {
-        return static_cast<u32>(cta) * num_units(band) / num_ctas;
-    }
-    __device__ __forceinline__ int cta_of(int band, int unit) const {
-        return (static_cast<u32>(unit + 1) * num_ctas - 1) / num_units(band);
-    }
-    // Where a CTA leaves its part of a tile for a sum over ranks.
-    __device__ __forceinline__ int part(int band, int cta, int tile) const {
-        return 2 * (band * num_ctas + cta) + (tile != first_tile(band) + begin(band, cta) / num_blocks);
-    }
-};
-
-// Walks through a CTA's units.
-struct Cursor {
-    int tile, block, band, num_of_cut, num_of_whole;  // the last: units left of this band, and of whole tiles
-
-    __device__ __forceinline__ void begin(const Work& work) {
-        band = -1, num_of_cut = 0, num_of_whole = work.num_whole * work.num_blocks;
-        begin_band(work);
-    }
-
-    __device__ __forceinline__ bool is_done() const { return num_of_cut == 0 && num_of_whole == 0; }
-
-    // Units of this tile that come one after the other.
-    __device__ __forceinline__ int num_of_tile(const Work& work) const {
-        return num_of_cut > 0 ? min(num_of_cut, work.num_blocks - block) : work.num_blocks;
-    }
-
-    __device__ __forceinline__ void advance(const Work& work, int count) {
-        block += count;
-        if (num_of_cut > 0) {
-            num_of_cut -= count;
-            if (num_of_cut == 0) {
-                begin_band(work);
-            } else if (block == work.num_blocks) {
-                tile++, block = 0;
-            }
-        } else {
-            num_of_whole -= count;
-            if (block == work.num_blocks) tile += work.num_ctas, block = 0;
-        }
-    }
-
-private:
-    // Go on with the next band that has units for this CTA, or with its whole tiles.
-    __device__ __forceinline__ void begin_band(const Work& work) {
-        while (++band < 2) {
-            const int first = work.begin(band, blockIdx.x);
-            num_of_cut = work.begin(band, blockIdx.x + 1) - first;
-            tile = work.first_tile(band) + first / work.num_blocks, block = first % work.num_blocks;
-            if (num_of_cut > 0) return;
-        }
-        tile = work.num_cut[0] + blockIdx.x, block = 0;
-    }
-};
-
 // `parts` are those of the thread's place in its CTA.
 template <int NUM_SUMS>
 __device__ __forceinline__ void add_part(float* sums, const float4* parts, int part) {
@@ -292,7 +227,7 @@ __global__ void __launch_bounds__(NUM_THREADS, 1) multiply_rows_kernel(
     }
     __syncthreads();
     Cursor cursor;
-    cursor.begin(work);
+    cursor.begin(work, blockIdx.x);
 
     if (warp == NUM_CONSUMERS / 32) {
         if (lane > 0) return;
@@ -485,7 +420,7 @@ __global__ void __launch_bounds__(128) reduce_tiles_kernel(
     allow_next_kernel();
     const int piece = blockIdx.x, tile = piece / NUM_GROUPS, group = piece % NUM_GROUPS;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int band = tile >= work.num_cut[0], first_unit = (tile - work.first_tile(band)) * work.num_blocks;
+    const int band = tile >= work.num_first, first_unit = (tile - work.first_tile(band)) * work.num_blocks;
     const int first = work.cta_of(band, first_unit), last = work.cta_of(band, first_unit + work.num_blocks - 1);
     const u64 call = *const_cast<volatile u64*>(calls + piece) + 1;
     if (threadIdx.x == 0) {
@@ -650,16 +585,11 @@ void multiply_rows_as(const Product& p) {
     TVM_FFI_ICHECK(num_elements % BLOCK == 0 && num_weights % TILE == 0 && p.cell_features % FEATURES == 0);
     TVM_FFI_ICHECK(p.tiles_of_last_band < num_tiles && p.counters.numel() >= num_tiles * NUM_GROUPS);
     ffi::CUDADeviceGuard device_guard(p.x.device().device_id);
-    int num_ctas = 0;
-    cudaDeviceGetAttribute(&num_ctas, cudaDevAttrMultiProcessorCount, p.x.device().device_id);
-    const bool is_reduced = p.tiles_of_last_band > 0;
-    const int num_first = num_tiles - p.tiles_of_last_band;
-    // Each has a unit of every band.
-    num_ctas = std::min(num_ctas, num_blocks * (is_reduced ? std::min(num_first, p.tiles_of_last_band) : num_tiles));
-    const int num_whole = is_reduced ? 0 : num_tiles / num_ctas, num_parts = is_reduced ? 4 * num_ctas : num_ctas;
-    TVM_FFI_ICHECK(p.partials.numel() >= static_cast<int64_t>(num_parts) * R::NUM_SUMS * NUM_CONSUMERS);
-    TVM_FFI_ICHECK(!is_reduced || num_first <= num_ctas) << "a CTA has parts of more than two tiles of a band";
-    const Work work{num_blocks, num_ctas, {num_first - num_whole * num_ctas, p.tiles_of_last_band}, num_whole, is_reduced};
+    int most_ctas = 0;
+    cudaDeviceGetAttribute(&most_ctas, cudaDevAttrMultiProcessorCount, p.x.device().device_id);
+    const Work work = divide(num_tiles, num_blocks, most_ctas, p.tiles_of_last_band);
+    TVM_FFI_ICHECK(p.partials.numel() >= static_cast<int64_t>(work.num_parts()) * R::NUM_SUMS * NUM_CONSUMERS);
+    TVM_FFI_ICHECK(!work.is_reduced || work.num_first <= work.num_ctas) << "parts of more than two tiles of a band";
     const CUtensorMap x_map = tensor_map(p.x, num_elements, num_rows, p.x.stride(0), NUM_ROWS);
     const CUtensorMap weight_map = IS_TRANSPOSED
                                        ? tensor_map(p.weight, num_weights, num_elements, p.weight.stride(1), ELEMENTS)
@@ -671,10 +601,10 @@ void multiply_rows_as(const Product& p) {
     const cudaStream_t stream = get_stream(p.x.device());
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, R::BYTES);
     if (status == cudaSuccess) {
-        status = launch_early(kernel, num_ctas, NUM_THREADS, R::BYTES, stream, weight_map, x_map, out, partials, counters,
+        status = launch_early(kernel, work.num_ctas, NUM_THREADS, R::BYTES, stream, weight_map, x_map, out, partials, counters,
                               num_rows, num_features, work, p.cell_features);
     }
-    if (status == cudaSuccess && is_reduced) {
+    if (status == cudaSuccess && work.is_reduced) {
         const int max_pieces = p.flags->size(1), num_ranks = p.flags->size(0);
         TVM_FFI_ICHECK(num_tiles * NUM_GROUPS <= max_pieces && p.calls->numel() == max_pieces);
         TVM_FFI_ICHECK(p.slots->numel() == 2ll * num_ranks * max_pieces * FEATURES * MOST_ROWS);
