@@ -29,18 +29,3 @@ def test_a_kernel_that_does_not_compile_is_done_without(caplog: pytest.LogCaptur
 
 def test_there_are_none_for_float32() -> None:
     assert row_kernels.make_row_kernels(torch.float32, torch.device("cuda")) is None
-
-
-@pytest.mark.parametrize(
-    ("num_tiles", "num_rows", "size", "expected"),
-    [
-        (64, 36, 4096, 32),
-        (64, 36, 14336, 16),
-        (64, 20, 14336, 10),
-        (64, 1, 14336, 2),  # of 112 blocks each
-        (64, 1, 1024, 17),
-        (2, 8, 128, 1),
-    ],
-)
-def test_the_last_band_takes_as_long_as_the_sum_of_the_first_travels(num_tiles, num_rows, size, expected) -> None:
-    assert row_kernels.tiles_of_last_band(num_tiles, num_rows, size, 132) == expected

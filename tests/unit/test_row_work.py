@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from seesaw_ds.model.ops.row_kernels import tiles_of_last_band
+
 FOLDER = Path(__file__).parents[2] / "seesaw_ds" / "model" / "ops"
 TESTER = r"""
 #include <cstdio>
@@ -87,12 +89,26 @@ int main() {
 
 
 def test_every_unit_is_done_once_and_nobody_waits_for_a_cta_without_a_part(tmp_path: Path) -> None:
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
+    compiler = shutil.which("c++")
+    assert compiler is not None, "no c++ on PATH: the tests need a C++ compiler"
     (tmp_path / "check.cpp").write_text(TESTER)
     command = [compiler, "-std=c++17", "-O1", f"-I{FOLDER}", "-o", str(tmp_path / "check"), str(tmp_path / "check.cpp")]
     subprocess.run(command, check=True)
     done = subprocess.run([tmp_path / "check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert int(done.stdout) > 1500
+
+
+@pytest.mark.parametrize(
+    ("num_tiles", "num_rows", "size", "expected"),
+    [
+        (64, 36, 4096, 32),
+        (64, 36, 14336, 16),
+        (64, 20, 14336, 10),
+        (64, 1, 14336, 2),  # of 112 blocks each
+        (64, 1, 1024, 17),
+        (2, 8, 128, 1),
+    ],
+)
+def test_the_last_band_takes_as_long_as_the_sum_of_the_first_travels(num_tiles, num_rows, size, expected) -> None:
+    assert tiles_of_last_band(num_tiles, num_rows, size, 132) == expected
