@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -82,6 +82,13 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class _Beside(NamedTuple):
+    """How much longer than alone products took beside a transfer, a part of 1, and whether its bits were right."""
+
+    slowed: float
+    is_exact: bool
+
+
 class Products:
     """Matrix products of one tensor-parallel rank's sizes, on the current stream. `seconds` is what all four take."""
 
@@ -123,14 +130,14 @@ class Bench:
                 seconds[i].append(taken)
                 is_exact[i] &= self._check(case)
         medians = [self._most(statistics.median(taken[1:])) for taken in seconds]
-        slowed = [self._slowed(pair, medians, is_exact, products) for products in self._products]
+        beside = [self._beside(pair, medians, products) for products in self._products]
         rows = []
-        for i, (case, median, prefill, decode) in enumerate(zip(pair, medians, *slowed, strict=True)):
+        for i, (case, median, prefill, decode) in enumerate(zip(pair, medians, *beside, strict=True)):
+            is_exact[i] &= prefill.is_exact and decode.is_exact
             moved = int(self._most(float(num_bytes[i])))
             rate, plain = moved / median, self._plain_rates[case.link]
-            rows.append(
-                Row(case.name, case.carrier, moved, median, rate, plain, rate / plain, prefill, decode, is_exact[i])
-            )
+            slowed = (prefill.slowed, decode.slowed)
+            rows.append(Row(case.name, case.carrier, moved, median, rate, plain, rate / plain, *slowed, is_exact[i]))
         return rows
 
     def _begin(self, case: Case) -> None:
@@ -151,23 +158,25 @@ class Bench:
         _synchronize(self._device)
         return (time.perf_counter() - start if begin is None else begin.elapsed_time(end) / 1000), num_bytes
 
-    def _slowed(self, pair: list[Case], seconds: list[float], is_exact: list[bool], products: Products) -> list[float]:
-        """How much longer than alone `products` take beside each case of `pair`, which takes `seconds`."""
+    def _beside(self, pair: list[Case], seconds: list[float], products: Products) -> list[_Beside]:
+        """`products` beside each case of `pair`, which takes `seconds`."""
         if devices.is_cuda(self._device):
             products.run(math.ceil(_LOAD_SECONDS / products.seconds))
         counts = [max(1, int(_OVERLAP * taken / products.seconds)) for taken in seconds]
         alone: list[list[float]] = [[] for _ in pair]
         beside: list[list[float]] = [[] for _ in pair]
+        is_exact = [True] * len(pair)
         for _ in range(_NUM_RUNS):
             for i, case in enumerate(pair):
                 alone[i].append(self._products_beside(products, counts[i], _nothing))
                 self._begin(case)
                 beside[i].append(self._products_beside(products, counts[i], case.run))
                 is_exact[i] &= self._check(case)
-        pairs = zip(alone, beside, strict=True)
-        return [
-            self._most(statistics.median(with_case) / statistics.median(without) - 1) for without, with_case in pairs
+        medians = [
+            (statistics.median(without), statistics.median(taken)) for without, taken in zip(alone, beside, strict=True)
         ]
+        slowed = [self._most(taken / without - 1) for without, taken in medians]
+        return list(map(_Beside, slowed, is_exact))
 
     def _products_beside(self, products: Products, count: int, run: Callable[[Any], object]) -> float:
         """Seconds of `count` products that start together with `run`."""

@@ -141,6 +141,7 @@ def measure_figures(sizes: Sizes, device: torch.device) -> Figures:
     dtype = getattr(torch, sizes.dtypes[0])
     with part("matrix products"):
         linear = {name: linear_points(sizes, name, device) for name in sizes.dtypes}
+        row_linear = row_linear_points(sizes, sizes.dtypes[0], device)
     with part("all-reduces and sends"):
         links = link_figures(sizes, dtype, device) if dist.get_world_size() > 1 else {}
     with part("copies"):
@@ -158,10 +159,8 @@ def measure_figures(sizes: Sizes, device: torch.device) -> Figures:
     with part("layers"):
         profile = make_profile({**figures, "layer_seconds": 1e-6, "step_seconds": 1e-6})
         figures |= layer_figures(sizes, profile, device)
-    with part("products of few rows"):
-        # After the layers, which are measured with torch's products.
-        if (points := row_linear_points(sizes, sizes.dtypes[0], device)) is not None:
-            figures["row_linear"] = {sizes.dtypes[0]: points}
+    if row_linear is not None:  # not for the layers, which are measured with torch's products
+        figures["row_linear"] = {sizes.dtypes[0]: row_linear}
     if device.type == "cuda":
         figures["runtime_bytes"] = runtime_bytes()
     return figures

@@ -150,10 +150,10 @@ def linear_points(sizes: Sizes, dtype_name: str, device: torch.device) -> list[l
 def row_linear_points(sizes: Sizes, dtype_name: str, device: torch.device) -> list[list[float]] | None:
     """The same of the engine's own kernels for few rows; None where the device has none."""
     kernels = make_row_kernels(getattr(torch, dtype_name), device) if device.type == "cuda" else None
-    matrices = _matrices(sizes, dtype_name, device)
-    if kernels is None or not kernels.prepare(matrices):
+    if kernels is None:
         return None
-    return _product_points(matrices, _FEW_ROWS, kernels.multiply)
+    matrices = _matrices(sizes, dtype_name, device)
+    return _product_points(matrices, _FEW_ROWS, kernels.multiply) if kernels.prepare(matrices) else None
 
 
 def _matrices(sizes: Sizes, dtype_name: str, device: torch.device) -> list[torch.Tensor]:

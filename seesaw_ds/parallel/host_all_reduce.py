@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from seesaw_ds.parallel import device as devices
 from seesaw_ds.parallel.all_reduce import BackendAllReduce
-from seesaw_ds.parallel.host_slots import HostSlots
+from seesaw_ds.parallel.host_slots import FLAG_STRIDE, HostSlots
 from seesaw_ds.parallel.shared_memory import NodeSharedMapping
 
 VECTOR_BYTES = 16  # what one thread loads or stores at once
@@ -24,7 +24,6 @@ _READ_BYTES = 8 << 20  # what a rank may read from the others in one call; NCCL'
 _MAX_WARPS = 16
 _WAVE_BYTES = 64 << 10  # what writers that begin together write; half and twice that are as good
 _LEAST_BYTES_IN_WAVES = 256 << 10  # below, a wave waits longer for the one before than it gains
-_FLAG_STRIDE = 8  # int64 from one flag to the next: each has a cache line of its own
 
 
 def max_tensor_bytes(num_ranks: int) -> int:
@@ -60,7 +59,7 @@ def _slots_bytes(num_ranks: int) -> int:
 
 def required_bytes(num_ranks: int) -> int:
     """Size of the mapping: all ranks' slots, then all ranks' flags."""
-    flag_bytes = _FLAG_STRIDE * torch.int64.itemsize
+    flag_bytes = FLAG_STRIDE * torch.int64.itemsize
     return _slots_bytes(num_ranks) + num_ranks * _flags_per_rank(num_ranks) * flag_bytes
 
 
@@ -76,7 +75,7 @@ class HostStagedAllReduce:
         group: ProcessGroup,
         device: torch.device,
         mapping: NodeSharedMapping,
-        host_slots: HostSlots | None = None,
+        host_slots: HostSlots,
         num_writers: int = NUM_WRITERS,
     ) -> None:
         from seesaw_ds.parallel.host_all_reduce_kernel import reduce_through_host
@@ -93,7 +92,7 @@ class HostStagedAllReduce:
         # Host tensors that kernels take as they are, for the memory is registered with CUDA.
         slots_bytes = _slots_bytes(self._num_ranks)
         self._slots = {dtype: mapping.tensor(0, (slots_bytes // dtype.itemsize,), dtype) for dtype in _DTYPES}
-        flags_shape = (self._num_ranks, self._num_flags, _FLAG_STRIDE)
+        flags_shape = (self._num_ranks, self._num_flags, FLAG_STRIDE)
         self._flags = mapping.tensor(slots_bytes, flags_shape, torch.int64)
         self._calls = torch.zeros(2 * num_writers, dtype=torch.int64, device=device)
         self._num_begun = torch.zeros(1, dtype=torch.int64, device=device)
@@ -126,7 +125,7 @@ class HostStagedAllReduce:
             NUM_RANKS=self._num_ranks,
             SLOT_VECTORS=self._max_bytes // VECTOR_BYTES,
             NUM_FLAGS=self._num_flags,
-            FLAG_STRIDE=_FLAG_STRIDE,
+            FLAG_STRIDE=FLAG_STRIDE,
             CHUNK_VECTORS=chunk_bytes // VECTOR_BYTES,
             VECTOR=VECTOR_BYTES // tensor.element_size(),
             WAVE=wave_size(num_bytes, chunk_bytes),
@@ -142,7 +141,7 @@ class HostStagedAllReduce:
         return self._max_bytes
 
     @property
-    def host_slots(self) -> HostSlots | None:
+    def host_slots(self) -> HostSlots:
         return self._host_slots
 
     def after_capture(self) -> None:

@@ -11,10 +11,10 @@ from torch.distributed import ProcessGroup
 
 from seesaw_ds.parallel.shared_memory import NodeSharedMapping
 
-MOST_ROWS = 64
+MOST_ROWS = 64  # as many as the product takes
 _PIECE = 64  # features
 _MOST_PIECES = 256
-_FLAG_STRIDE = 8  # int64 from one flag to the next: each has a cache line of its own
+FLAG_STRIDE = 8  # int64 from one flag to the next: each has a cache line of its own
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -25,7 +25,7 @@ def _slots_bytes(num_ranks: int) -> int:
 
 def required_bytes(num_ranks: int) -> int:
     """All ranks' slots, then all ranks' flags."""
-    return _slots_bytes(num_ranks) + num_ranks * _MOST_PIECES * _FLAG_STRIDE * torch.int64.itemsize
+    return _slots_bytes(num_ranks) + num_ranks * _MOST_PIECES * FLAG_STRIDE * torch.int64.itemsize
 
 
 class HostSlots:
@@ -43,7 +43,7 @@ class HostSlots:
         num_ranks = group.size()
         slots_shape = (num_ranks, 2, _MOST_PIECES, _PIECE * MOST_ROWS)
         self._slots = {dtype: mapping.tensor(offset, slots_shape, dtype) for dtype in _DTYPES}
-        flags_shape = (num_ranks, _MOST_PIECES, _FLAG_STRIDE)
+        flags_shape = (num_ranks, _MOST_PIECES, FLAG_STRIDE)
         self.flags = mapping.tensor(offset + _slots_bytes(num_ranks), flags_shape, torch.int64)
         self.calls = torch.zeros(_MOST_PIECES, dtype=torch.int64, device=device)
 

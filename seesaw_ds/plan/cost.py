@@ -171,13 +171,12 @@ class CostModel:
         """Of this engine's kernels for few rows; none where there are not any."""
         return (self.hardware.row_linear or {}).get(self.dtype, ()) if self.is_ours else ()
 
-    @cached_property
-    def _most_few_rows(self) -> float:
-        return self._row_linear[-1][0] if self._row_linear else -1
+    def _has_own_kernels(self, num_tokens: int) -> bool:
+        return len(self._row_linear) > 0 and num_tokens <= self._row_linear[-1][0]
 
     def linear_seconds(self, parameters: float, num_tokens: int) -> float:
         """One pass of `num_tokens` through `parameters` weights, which one device holds."""
-        if num_tokens <= self._most_few_rows:
+        if self._has_own_kernels(num_tokens):
             return parameters * interpolate(self._row_linear, num_tokens)
         if self.hardware.linear is not None and self.dtype in self.hardware.linear:
             return parameters * interpolate(self.hardware.linear[self.dtype], num_tokens)
@@ -221,8 +220,8 @@ class CostModel:
             qkv = self.linear_seconds(self._qkv_parameters, num_tokens)
             rest = self.linear_seconds(self._layer_parameters - self._qkv_parameters, num_tokens)
             message = num_tokens * self.shape.hidden_size * self.itemsize
-            is_few = num_tokens <= self._most_few_rows
-            after_attention = rest + 2 * self.hardware.all_reduce_seconds(message, self.layout.tp, is_few)
+            all_reduce = self.hardware.all_reduce_seconds(message, self.layout.tp, self._has_own_kernels(num_tokens))
+            after_attention = rest + 2 * all_reduce
             element = self.element_bytes(num_tokens) / self._element_bandwidth
             seconds = _TokenSeconds(qkv + after_attention + element, after_attention)
             self._seconds_by_tokens[num_tokens] = seconds

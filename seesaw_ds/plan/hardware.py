@@ -107,13 +107,16 @@ class HardwareProfile:
 
     def with_all_reduce_scaled(self, factor: float) -> HardwareProfile:
         """The same machine with an all-reduce bandwidth `factor` times as high; its latency stays."""
-        return dataclasses.replace(
-            self,
-            all_reduce={
-                degree: tuple((size, points[0][1] + (seconds - points[0][1]) / factor) for size, seconds in points)
-                for degree, points in self.all_reduce.items()
-            },
-        )
+        row_all_reduce = None if self.row_all_reduce is None else _scaled(self.row_all_reduce, factor)
+        return dataclasses.replace(self, all_reduce=_scaled(self.all_reduce, factor), row_all_reduce=row_all_reduce)
+
+
+def _scaled(all_reduce: Mapping[int, Points], factor: float) -> dict[int, Points]:
+    """`factor` times the bandwidth; the latency, which is the first point's, stays."""
+    return {
+        degree: tuple((size, points[0][1] + (seconds - points[0][1]) / factor) for size, seconds in points)
+        for degree, points in all_reduce.items()
+    }
 
 
 def load_hardware(path: Path) -> HardwareProfile:

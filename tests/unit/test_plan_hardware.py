@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
@@ -54,6 +56,14 @@ def test_scaling_all_reduce_bandwidth_keeps_the_latency():
     assert fast.all_reduce_seconds(0, 4) == slow.all_reduce_seconds(0, 4)
     gain = slow.all_reduce_seconds(1 << 34, 4) / fast.all_reduce_seconds(1 << 34, 4)
     assert gain == pytest.approx(10.0, rel=0.01)
+
+
+def test_scaling_all_reduce_bandwidth_scales_that_of_few_rows_too():
+    slow = replace(hardware("h200-p2p-off"), row_all_reduce={2: ((0.0, 1.0), (100.0, 2.0))})
+    fast = slow.with_all_reduce_scaled(10.0)
+    assert fast.all_reduce_seconds(0, 2, has_few_rows=True) == 1.0
+    assert fast.all_reduce_seconds(100, 2, has_few_rows=True) == pytest.approx(1.1)
+    assert hardware("a10").with_all_reduce_scaled(10.0).row_all_reduce is None
 
 
 @pytest.mark.parametrize(

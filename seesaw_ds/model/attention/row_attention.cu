@@ -302,8 +302,8 @@ __global__ void __launch_bounds__(WARPS * 32, 1) attend_rows_kernel(
     float* const slots = reinterpret_cast<float*>(memory + WARPS * STAGES * PAGE_BYTES);
     if (lane == 0) heads[warp] = 0;
     if (threadIdx.x < 2) merges[threadIdx.x] = -1;
-    // Until it waits this kernel reads what those before it do not write: its plan, and pages but for the last of a row,
-    // where the row's new token goes.
+    // Until it waits this kernel reads what those before it do not write: its plan, and pages but for the last of a
+    // row, where the row's new token goes.
     allow_next_kernel();
 
     const Share share = shares[blockIdx.x * WARPS + warp];

@@ -36,9 +36,8 @@ class CudaOps:
         self._add_rms_norm = gemma_fused_add_rmsnorm if norm_adds_one else fused_add_rmsnorm
         self._weight_offset = 1.0 if norm_adds_one else 0.0
         self._products = TunedProducts()
-        # Used by sizes that were tuned, so once it has been loaded.
-        self._rows = rows
-        self._has_rows = False
+        self._own = rows
+        self._rows: RowKernels | None = None  # the same, once `tune_linear` has loaded them
         self._is_early = can_start_early(torch.device("cuda"))
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -46,15 +45,15 @@ class CudaOps:
 
     def linear_all_reduce(self, x: torch.Tensor, weight: torch.Tensor, all_reduce: AllReduce) -> torch.Tensor:
         # Whatever the timings of products say: all ranks have to do the same.
-        slots, rows = all_reduce.host_slots, self._rows if self._has_rows else None
+        slots, rows = all_reduce.host_slots, self._rows
         if slots is not None and rows is not None and rows.reduces(x.shape[0], weight, slots):
             return rows.multiply_and_reduce(x, weight, slots)
         return all_reduce(self.linear(x, weight))
 
     def tune_linear(self, num_rows: Iterable[int], weights: Iterable[torch.Tensor]) -> TuningTimes:
         weights = list(weights)
-        self._has_rows = self._rows is not None and self._rows.prepare(weights)
-        return self._products.tune(num_rows, weights, self._rows if self._has_rows else None)
+        self._rows = self._own if self._own is not None and self._own.prepare(weights) else None
+        return self._products.tune(num_rows, weights, self._rows)
 
     def rms_norm(self, x_NM: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._rms_norm(x_NM, weight, eps)
@@ -62,7 +61,7 @@ class CudaOps:
     def add_rms_norm(
         self, x_NM: torch.Tensor, residual_NM: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._rows is not None and self._has_rows and self._rows.norms(x_NM):
+        if self._rows is not None and self._rows.norms(x_NM):
             self._rows.add_rms_norm(x_NM, residual_NM, weight, eps, self._weight_offset)
         else:
             self._add_rms_norm(x_NM, residual_NM, weight, eps)

@@ -3,8 +3,8 @@
 //
 // A product of so few rows is bound by reading its weights, and what keeps it from the memory's rate is its beginning:
 // the launch, the way of the first bytes, and all the kernels before it that leave the memory idle, an all-reduce above
-// all. So a product is launched while the kernels before it still run (programmatic dependent launch), fills its ring in
-// shared memory with weights, 17 MB over an H200, and only then waits for its input:
+// all. So a product is launched while the kernels before it still run (programmatic dependent launch), fills its ring
+// in shared memory with weights, 17 MB over an H200, and only then waits for its input:
 //
 //     all-reduce   ----------------|
 //     norm          (waits)        |--|
@@ -28,8 +28,6 @@
 #include <cuda.h>
 #include <cuda_fp16.h>
 
-#include <algorithm>
-
 #include "own_kernel.cuh"
 #include "row_work.cuh"
 
@@ -39,15 +37,15 @@ constexpr int ROW_BYTES = 128;  // of a swizzled row of shared memory: 64 elemen
 constexpr int ELEMENTS = ROW_BYTES / 2;
 constexpr int HALVES = 2;  // of a block
 constexpr int BLOCK = HALVES * ELEMENTS;
-constexpr int FEATURES = 64;    // of a tensor core's left operand
-constexpr int NUM_GROUPS = 2;   // warpgroups that multiply, each its own features
+constexpr int FEATURES = 64;   // of a tensor core's left operand
+constexpr int NUM_GROUPS = 2;  // warpgroups that multiply, each its own features
 constexpr int TILE = NUM_GROUPS * FEATURES;
 constexpr int MOST_ROWS = 64;
 constexpr int GROUP_BYTES = FEATURES * ROW_BYTES;
 constexpr int NUM_CONSUMERS = NUM_GROUPS * 128;
 constexpr int NUM_THREADS = NUM_CONSUMERS + 32;  // the last warp fetches
 constexpr int MAX_STAGES = 5;
-constexpr int SHARED_BYTES = 200 << 10;        // leaves room for the small kernels that run meanwhile
+constexpr int SHARED_BYTES = 200 << 10;  // leaves room for the small kernels that run meanwhile
 
 template <int NUM_ROWS>
 struct Ring {
@@ -126,7 +124,7 @@ __device__ __forceinline__ void wait_until(const int* counter, int target) {
     } while (seen != target);
 }
 
-// A matrix in shared memory as tensor cores want it described: 128-byte swizzle, 1,024 bytes from eight rows to the next.
+// A matrix in shared memory as tensor cores want it described: 128-byte swizzle, 1,024 bytes from eight rows to eight.
 __device__ __forceinline__ u64 matrix_at(u32 address) {
     return (address & 0x3FFFF) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
@@ -244,8 +242,9 @@ __global__ void __launch_bounds__(NUM_THREADS, 1) multiply_rows_kernel(
                         const int first = cursor.tile * FEATURES;
                         feature = first + (first / cell_features + group) * cell_features;
                     }
-                    copy_box_once(ring + stage * R::STAGE_BYTES + half * R::HALF_BYTES + group * GROUP_BYTES, &weight_map,
-                                  IS_TRANSPOSED ? feature : element, IS_TRANSPOSED ? element : feature, barrier);
+                    const u32 to = ring + stage * R::STAGE_BYTES + half * R::HALF_BYTES + group * GROUP_BYTES;
+                    copy_box_once(to, &weight_map, IS_TRANSPOSED ? feature : element,
+                                  IS_TRANSPOSED ? element : feature, barrier);
                 }
             }
         };
@@ -354,7 +353,8 @@ __global__ void __launch_bounds__(NUM_THREADS, 1) multiply_rows_kernel(
             sync_consumers();
         }
         if (!IS_GATED || group == 0) {
-            u16* const to = out + (IS_GATED ? tile : tile * NUM_GROUPS + group) * FEATURES + warp % 4 * 16 + lane % 4 * 2;
+            const int first = (IS_GATED ? tile : tile * NUM_GROUPS + group) * FEATURES;
+            u16* const to = out + first + warp % 4 * 16 + lane % 4 * 2;
 #pragma unroll
             for (int i = 0; i < NUM_ROWS / 8; i++) {
                 const float* sum = sums + 4 * i;
@@ -398,8 +398,8 @@ __device__ __forceinline__ uint2 load_slot(const uint2* from) {
 
 constexpr int FLAG_STRIDE = 8;  // as host_slots.py has it: each flag has a cache line of its own
 
-// The sum over ranks of the product before it, which goes on meanwhile; that of the first band travels through host memory
-// while the second one is computed:
+// The sum over ranks of the product before it, which goes on meanwhile; that of the first band travels through host
+// memory while the second one is computed:
 //
 //     product    band 0 | band 1 |
 //     link out            band 0   band 1
@@ -601,15 +601,15 @@ void multiply_rows_as(const Product& p) {
     const cudaStream_t stream = get_stream(p.x.device());
     cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, R::BYTES);
     if (status == cudaSuccess) {
-        status = launch_early(kernel, work.num_ctas, NUM_THREADS, R::BYTES, stream, weight_map, x_map, out, partials, counters,
-                              num_rows, num_features, work, p.cell_features);
+        status = launch_early(kernel, work.num_ctas, NUM_THREADS, R::BYTES, stream, weight_map, x_map, out, partials,
+                              counters, num_rows, num_features, work, p.cell_features);
     }
     if (status == cudaSuccess && work.is_reduced) {
         const int max_pieces = p.flags->size(1), num_ranks = p.flags->size(0);
         TVM_FFI_ICHECK(num_tiles * NUM_GROUPS <= max_pieces && p.calls->numel() == max_pieces);
         TVM_FFI_ICHECK(p.slots->numel() == 2ll * num_ranks * max_pieces * FEATURES * MOST_ROWS);
-        status = launch_early(reduce_tiles_kernel<NUM_ROWS>, num_tiles * NUM_GROUPS, 128, 0, stream, partials, counters, out,
-                              static_cast<uint2*>(p.slots->data_ptr()), static_cast<u64*>(p.flags->data_ptr()),
+        status = launch_early(reduce_tiles_kernel<NUM_ROWS>, num_tiles * NUM_GROUPS, 128, 0, stream, partials, counters,
+                              out, static_cast<uint2*>(p.slots->data_ptr()), static_cast<u64*>(p.flags->data_ptr()),
                               static_cast<u64*>(p.calls->data_ptr()), num_rows, num_features, work, p.rank, num_ranks,
                               max_pieces);
     }
@@ -651,14 +651,14 @@ void multiply_rows(TensorView x, TensorView weight, TensorView out, TensorView p
     multiply({x, weight, out, partials, counters, static_cast<int>(cell_features)});
 }
 
-// The same, not gated, summed over ranks: `slots` and `flags` are host memory that they share, `calls`, int64, this one's.
-// So many tiles of 128 features come last, while the others travel.
+// The same, not gated, summed over ranks: `slots` and `flags` are host memory that they share, `calls`, int64, is this
+// one's. So many tiles of 128 features come last, while the others travel.
 void multiply_and_reduce_rows(TensorView x, TensorView weight, TensorView out, TensorView partials, TensorView counters,
                               int64_t tiles_of_last_band, int64_t rank, TensorView slots, TensorView flags,
                               TensorView calls) {
     TVM_FFI_ICHECK_GT(tiles_of_last_band, 0);
-    multiply({x, weight, out, partials, counters, 0, static_cast<int>(tiles_of_last_band), static_cast<int>(rank), &slots,
-              &flags, &calls});
+    multiply({x, weight, out, partials, counters, 0, static_cast<int>(tiles_of_last_band), static_cast<int>(rank),
+              &slots, &flags, &calls});
 }
 
 // In place: residual (N, M) += x, and x (N, M) is the RMS norm of the sum times weight + weight_offset, M up to 16,384.

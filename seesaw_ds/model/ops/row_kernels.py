@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
-from seesaw_ds.parallel.host_slots import HostSlots
+from seesaw_ds.parallel.host_slots import MOST_ROWS, HostSlots
 from seesaw_ds.parallel.own_kernel import OwnKernel
 
-MOST_ROWS = 64
 # As in the source.
 _BLOCK = 128  # elements of a row that are multiplied at once
 _TILE = 128  # features, of which a product with a gate has half as many gates
@@ -37,6 +36,7 @@ def row_kernels(dtype: torch.dtype, device: torch.device) -> OwnKernel | None:
 
 
 def make_row_kernels(dtype: torch.dtype, device: torch.device) -> RowKernels | None:
+    """For a model in `dtype`; None where the device cannot have them."""
     kernel = row_kernels(dtype, device)
     return None if kernel is None else RowKernels(kernel, device)
 

@@ -1,5 +1,5 @@
-// How the units of work of a product (row_kernels.cu) are given to thread blocks (CTAs). Compiled for the device, and by
-// tests for the host.
+// How the units of work of a product (row_kernels.cu) are given to thread blocks (CTAs). Compiled for the device, and
+// by tests for the host.
 
 #pragma once
 
@@ -35,8 +35,9 @@ struct Work {
     EVERYWHERE int num_parts() const { return is_reduced ? 4 * num_ctas : num_ctas; }
 };
 
-// For `most_ctas` at most. `num_last`: tiles of the second band, of which 0 says that nothing is summed over ranks. Every
-// CTA has a unit of each band that is not empty: who adds up a tile's parts waits for all CTAs from its first to its last.
+// For `most_ctas` at most. `num_last`: tiles of the second band, of which 0 says that nothing is summed over ranks.
+// Every CTA has a unit of each band that is not empty: who adds up a tile's parts waits for all CTAs from its first to
+// its last.
 inline Work divide(int num_tiles, int num_blocks, int most_ctas, int num_last) {
     const bool is_reduced = num_last > 0;
     const int num_first = num_tiles - num_last;
