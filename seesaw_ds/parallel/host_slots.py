@@ -11,8 +11,9 @@ from torch.distributed import ProcessGroup
 
 from seesaw_ds.parallel.shared_memory import NodeSharedMapping
 
-MOST_ROWS = 64  # as many as the product takes
-_PIECE = 64  # features
+# A piece, which is added up at once: so many features of up to so many rows.
+_PIECE_FEATURES = 64
+_PIECE_ROWS = 64
 _MOST_PIECES = 256
 FLAG_STRIDE = 8  # int64 from one flag to the next: each has a cache line of its own
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -20,7 +21,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 
 def _slots_bytes(num_ranks: int) -> int:
     """Two halves for each rank: `host_all_reduce_kernel` says why."""
-    return 2 * num_ranks * _MOST_PIECES * _PIECE * MOST_ROWS * torch.bfloat16.itemsize
+    return 2 * num_ranks * _MOST_PIECES * _PIECE_FEATURES * _PIECE_ROWS * torch.bfloat16.itemsize
 
 
 def required_bytes(num_ranks: int) -> int:
@@ -32,7 +33,7 @@ class HostSlots:
     """What a rank's kernels need for sums over `group`: all ranks make the same in the same order, one at a time.
 
     rank   this one's
-    flags  (ranks, pieces of 64 features, 8) int64 in host memory, of which the first is used
+    flags  (ranks, pieces, 8) int64 in host memory, of which the first is used
     calls  (pieces,) int64 on the device
 
     `offset` is where the memory of `required_bytes` begins in `mapping`.
@@ -41,16 +42,17 @@ class HostSlots:
     def __init__(self, group: ProcessGroup, device: torch.device, mapping: NodeSharedMapping, offset: int) -> None:
         self.rank = group.rank()
         num_ranks = group.size()
-        slots_shape = (num_ranks, 2, _MOST_PIECES, _PIECE * MOST_ROWS)
+        slots_shape = (num_ranks, 2, _MOST_PIECES, _PIECE_FEATURES * _PIECE_ROWS)
         self._slots = {dtype: mapping.tensor(offset, slots_shape, dtype) for dtype in _DTYPES}
         flags_shape = (num_ranks, _MOST_PIECES, FLAG_STRIDE)
         self.flags = mapping.tensor(offset + _slots_bytes(num_ranks), flags_shape, torch.int64)
         self.calls = torch.zeros(_MOST_PIECES, dtype=torch.int64, device=device)
 
     def slots(self, dtype: torch.dtype) -> torch.Tensor:
-        """(ranks, 2, pieces, 64 features of `MOST_ROWS` rows), of float16 or bfloat16, in host memory."""
+        """(ranks, 2, pieces, 64 features of 64 rows), of float16 or bfloat16, in host memory."""
         return self._slots[dtype]
 
     def holds(self, num_rows: int, num_features: int) -> bool:
         """Whether (rows, features) can be added up."""
-        return num_rows <= MOST_ROWS and num_features <= _MOST_PIECES * _PIECE and num_features % _PIECE == 0
+        num_pieces = -(-num_rows // _PIECE_ROWS) * num_features // _PIECE_FEATURES
+        return num_features % _PIECE_FEATURES == 0 and num_pieces <= _MOST_PIECES

@@ -72,7 +72,7 @@ int main() {
     int count = 0;
     for (const int most_ctas : {1, 2, 7, 78, 132, 144})
         for (const int num_tiles : {1, 2, 3, 4, 8, 12, 31, 40, 64, 100, 128, 132, 133, 136, 224, 264, 300, 501})
-            for (const int num_blocks : {1, 2, 3, 8, 16, 32, 56, 112}) {
+            for (const int num_blocks : {1, 2, 3, 8, 16, 32, 56, 112, 224}) {
                 work = divide(num_tiles, num_blocks, most_ctas, 0);
                 check(num_tiles), count++;
                 for (const int share : {2, 3, 8, 64}) {
@@ -108,6 +108,8 @@ def test_every_unit_is_done_once_and_nobody_waits_for_a_cta_without_a_part(tmp_p
         (64, 1, 14336, 2),  # of 112 blocks each
         (64, 1, 1024, 17),
         (2, 8, 128, 1),
+        (32, 112, 4096, 16),
+        (32, 72, 14336, 13),
     ],
 )
 def test_the_last_band_takes_as_long_as_the_sum_of_the_first_travels(num_tiles, num_rows, size, expected) -> None:

@@ -1,4 +1,4 @@
-// Kernels of a decode step: linear products of up to 64 rows, their sums over ranks through host memory, and the norms
+// Kernels of a decode step: linear products of up to 128 rows, their sums over ranks through host memory, and the norms
 // between them.
 //
 // A product of so few rows is bound by reading its weights, and what keeps it from the memory's rate is its beginning:
@@ -23,7 +23,8 @@
 //
 // The CTA that has the first block of a tile adds up what the others have of it, in their order. They began with it
 // before that CTA came to it, so it seldom waits. Tensor cores take weights as the left operand, 64 features at a time,
-// and rows as the right one, so that few rows leave little of them unused.
+// and rows as the right one, so that few rows leave little of them unused. Every tile reads all rows, out of the L2
+// cache; with more than 64 of them that would be as much as its weights, so tiles are twice as large then.
 
 #include <cuda.h>
 #include <cuda_fp16.h>
@@ -35,28 +36,39 @@ namespace {
 
 constexpr int ROW_BYTES = 128;  // of a swizzled row of shared memory: 64 elements
 constexpr int ELEMENTS = ROW_BYTES / 2;
-constexpr int HALVES = 2;  // of a block
-constexpr int BLOCK = HALVES * ELEMENTS;
-constexpr int FEATURES = 64;   // of a tensor core's left operand
+constexpr int FEATURES = 64;  // of a tensor core's left operand
+constexpr int OPERAND_BYTES = FEATURES * ROW_BYTES;
 constexpr int NUM_GROUPS = 2;  // warpgroups that multiply, each its own features
-constexpr int TILE = NUM_GROUPS * FEATURES;
-constexpr int MOST_ROWS = 64;
-constexpr int GROUP_BYTES = FEATURES * ROW_BYTES;
+constexpr int MOST_ROWS = 128;
+constexpr int MOST_ROWS_OF_PIECE = 64;  // of what a CTA sums over ranks at once, with 64 features
 constexpr int NUM_CONSUMERS = NUM_GROUPS * 128;
 constexpr int NUM_THREADS = NUM_CONSUMERS + 32;  // the last warp fetches
 constexpr int MAX_STAGES = 5;
 constexpr int SHARED_BYTES = 200 << 10;  // leaves room for the small kernels that run meanwhile
 
+// How a product of so many rows, padded, is cut.
 template <int NUM_ROWS>
-struct Ring {
-    static constexpr int WEIGHT_BYTES = NUM_GROUPS * GROUP_BYTES;  // of half a block
+struct Cut {
+    static constexpr bool IS_LARGE = NUM_ROWS > MOST_ROWS_OF_PIECE;
+    static constexpr int NUM_OPERANDS = IS_LARGE ? 2 : 1;  // of a warpgroup, each 64 features
+    static constexpr int TILE = NUM_GROUPS * NUM_OPERANDS * FEATURES;
+    static constexpr int HALVES = IS_LARGE ? 1 : 2;
+    static constexpr int BLOCK = HALVES * ELEMENTS;
+    static constexpr int NUM_SUMS = NUM_ROWS / 2;  // of a thread and an operand
+    // Pieces that are summed over ranks: 64 features of all rows, or of half of them.
+    static constexpr int PIECES_OF_ROWS = IS_LARGE ? 2 : 1;
+    static constexpr int PIECES_OF_GROUP = NUM_OPERANDS * PIECES_OF_ROWS;
+    static constexpr int ROWS_OF_PIECE = NUM_ROWS / PIECES_OF_ROWS;
+    // The ring in shared memory has a block of weights and of rows a stage.
+    static constexpr int WEIGHT_BYTES = TILE * ROW_BYTES;  // of half a block, or of all of it
     static constexpr int HALF_BYTES = WEIGHT_BYTES + NUM_ROWS * ROW_BYTES;
     static constexpr int STAGE_BYTES = HALVES * HALF_BYTES;
-    static constexpr int NUM_SUMS = NUM_ROWS / 2;  // of a thread
-    static constexpr int EXCHANGE_BYTES = NUM_SUMS * 128 * 4;
-    static constexpr int STAGES_THAT_FIT = (SHARED_BYTES - EXCHANGE_BYTES) / STAGE_BYTES;
+    static constexpr int STAGES_THAT_FIT = SHARED_BYTES / STAGE_BYTES;
     static constexpr int NUM_STAGES = STAGES_THAT_FIT < MAX_STAGES ? STAGES_THAT_FIT : MAX_STAGES;
-    static constexpr int BYTES = NUM_STAGES * STAGE_BYTES + EXCHANGE_BYTES;
+    static constexpr int RING_BYTES = NUM_STAGES * STAGE_BYTES;
+    // A multiprocessor has 65,536, of which a norm takes 20,480 that runs meanwhile, but for the largest.
+    static constexpr int MOST_REGISTERS = NUM_ROWS > 112 ? 168 : IS_LARGE ? 152 : 112;
+    static_assert(ROWS_OF_PIECE % 8 == 0 && ROWS_OF_PIECE <= MOST_ROWS_OF_PIECE);
 };
 
 __device__ __forceinline__ void init_barrier(u32 barrier, int count) {
@@ -91,11 +103,12 @@ __device__ __forceinline__ void copy_box(u32 to, const CUtensorMap* map, int inn
         : "memory");
 }
 
-__device__ __forceinline__ void copy_box_once(u32 to, const CUtensorMap* map, int inner, int outer, u32 barrier) {
+// Of five dimensions; not read again soon.
+__device__ __forceinline__ void copy_box_once(u32 to, const CUtensorMap* map, const int (&at)[5], u32 barrier) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-        "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-        "l"(map), "r"(inner), "r"(outer), "r"(barrier), "l"(READ_ONCE)
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(to),
+        "l"(map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(at[3]), "r"(at[4]), "r"(barrier), "l"(READ_ONCE)
         : "memory");
 }
 
@@ -105,10 +118,6 @@ __device__ __forceinline__ void sync_group(int group) {
     } else {
         asm volatile("bar.sync 3, 128;" ::: "memory");
     }
-}
-
-__device__ __forceinline__ void sync_consumers() {
-    asm volatile("bar.sync 1, %0;" ::"n"(NUM_CONSUMERS) : "memory");
 }
 
 // Stores that this thread knows of come before.
@@ -145,6 +154,10 @@ constexpr bool IS_HALF = false;
 #define SUMS_24 SUMS_20 ", %20, %21, %22, %23"
 #define SUMS_28 SUMS_24 ", %24, %25, %26, %27"
 #define SUMS_32 SUMS_28 ", %28, %29, %30, %31"
+#define SUMS_40 SUMS_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define SUMS_48 SUMS_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define SUMS_56 SUMS_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define SUMS_64 SUMS_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define OUT_4(i) "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3])
 #define OUT_8 OUT_4(0), OUT_4(4)
 #define OUT_12 OUT_8, OUT_4(8)
@@ -153,6 +166,10 @@ constexpr bool IS_HALF = false;
 #define OUT_24 OUT_20, OUT_4(20)
 #define OUT_28 OUT_24, OUT_4(24)
 #define OUT_32 OUT_28, OUT_4(28)
+#define OUT_40 OUT_32, OUT_4(32), OUT_4(36)
+#define OUT_48 OUT_40, OUT_4(40), OUT_4(44)
+#define OUT_56 OUT_48, OUT_4(48), OUT_4(52)
+#define OUT_64 OUT_56, OUT_4(56), OUT_4(60)
 
 // LEFT, RIGHT, TRANSPOSED: the numbers of the operands that follow the sums.
 #define MULTIPLY(ROWS, SUMS, OUT, LEFT, RIGHT, TRANSPOSED)                                             \
@@ -173,6 +190,10 @@ __device__ __forceinline__ void multiply_add(float* s, u64 left, u64 right) {
     MULTIPLY(48, SUMS_24, OUT_24, "%24", "%25", "%26")
     MULTIPLY(56, SUMS_28, OUT_28, "%28", "%29", "%30")
     MULTIPLY(64, SUMS_32, OUT_32, "%32", "%33", "%34")
+    MULTIPLY(80, SUMS_40, OUT_40, "%40", "%41", "%42")
+    MULTIPLY(96, SUMS_48, OUT_48, "%48", "%49", "%50")
+    MULTIPLY(112, SUMS_56, OUT_56, "%56", "%57", "%58")
+    MULTIPLY(128, SUMS_64, OUT_64, "%64", "%65", "%66")
 }
 
 __device__ __forceinline__ float2 unpacked(u32 pair) {
@@ -188,36 +209,38 @@ __device__ __forceinline__ u32 gated(float gate_0, float gate_1, float up_0, flo
     return packed<IS_HALF>(silu(gate.x) * up.x, silu(gate.y) * up.y);
 }
 
-// `parts` are those of the thread's place in its CTA.
+// Adds what a thread of another CTA has left; `parts` is where, of four sums and NUM_CONSUMERS threads at once.
 template <int NUM_SUMS>
-__device__ __forceinline__ void add_part(float* sums, const float4* parts, int part) {
+__device__ __forceinline__ void add_part(float* sums, const float4* parts) {
 #pragma unroll
     for (int i = 0; i < NUM_SUMS / 4; i++) {
-        const float4 sum = __ldcg(parts + (part * (NUM_SUMS / 4) + i) * NUM_CONSUMERS);
+        const float4 sum = __ldcg(parts + i * NUM_CONSUMERS);
         sums[4 * i] += sum.x, sums[4 * i + 1] += sum.y, sums[4 * i + 2] += sum.z, sums[4 * i + 3] += sum.w;
     }
 }
 
-// IS_TRANSPOSED: weights are (K, F) in memory. IS_GATED: features are silu(gate) up, of which each cell of weights has
-// `cell_features` gates, and then as many ups; a tile has 64 of both.
+// IS_TRANSPOSED: weights are (K, F) in memory. IS_GATED: features are silu(gate) up, and rows of a left operand eight
+// gates and their eight ups in turn, so that a thread has both of a feature.
 template <int NUM_ROWS, bool IS_TRANSPOSED, bool IS_GATED>
-__global__ void __launch_bounds__(NUM_THREADS, 1) multiply_rows_kernel(
+__global__ void __maxnreg__(Cut<NUM_ROWS>::MOST_REGISTERS) multiply_rows_kernel(
     const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap x_map,
     u16* __restrict__ out,  // (N, F)
-    float* partials,        // (CTAs, NUM_SUMS, NUM_CONSUMERS), or (2 bands, CTAs, 2, ...) for a sum over ranks
-    int* counters,          // (tiles, NUM_GROUPS) zeros, before and after
+    float4* partials,       // (CTAs, NUM_OPERANDS, NUM_SUMS / 4, NUM_CONSUMERS), or (2 bands, CTAs, 2, ...) for a sum
+                            // over ranks
+    int* counters,          // (pieces,) zeros, before and after
     int num_rows, int num_features, Work work, int cell_features) {
-    using R = Ring<NUM_ROWS>;
+    using C = Cut<NUM_ROWS>;
+    constexpr int VECTORS_OF_PART = C::NUM_OPERANDS * C::NUM_SUMS / 4 * NUM_CONSUMERS;
     extern __shared__ __align__(1024) unsigned char memory[];
-    __shared__ u64 barriers[2 * R::NUM_STAGES];
+    __shared__ u64 barriers[2 * C::NUM_STAGES];
 
     // The sum over ranks counts its calls, so the one before it has to have ended: see below.
     if (!work.is_reduced) allow_next_kernel();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u32 ring = shared_address(memory);
-    const u32 filled = shared_address(barriers), emptied = filled + 8 * R::NUM_STAGES;
+    const u32 filled = shared_address(barriers), emptied = filled + 8 * C::NUM_STAGES;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < R::NUM_STAGES; i++) {
+        for (int i = 0; i < C::NUM_STAGES; i++) {
             init_barrier(filled + 8 * i, 1);
             init_barrier(emptied + 8 * i, NUM_CONSUMERS / 32);
         }
@@ -231,33 +254,32 @@ __global__ void __launch_bounds__(NUM_THREADS, 1) multiply_rows_kernel(
         if (lane > 0) return;
         const auto fetch_weights = [&](int stage) {
             const u32 barrier = filled + 8 * stage;
-            expect_bytes(barrier, R::STAGE_BYTES);
+            expect_bytes(barrier, C::STAGE_BYTES);
 #pragma unroll
-            for (int half = 0; half < HALVES; half++) {
-                const int element = cursor.block * BLOCK + half * ELEMENTS;
-#pragma unroll
-                for (int group = 0; group < NUM_GROUPS; group++) {
-                    int feature = cursor.tile * TILE + group * FEATURES;
-                    if (IS_GATED) {
-                        const int first = cursor.tile * FEATURES;
-                        feature = first + (first / cell_features + group) * cell_features;
-                    }
-                    const u32 to = ring + stage * R::STAGE_BYTES + half * R::HALF_BYTES + group * GROUP_BYTES;
-                    copy_box_once(to, &weight_map, IS_TRANSPOSED ? feature : element,
-                                  IS_TRANSPOSED ? element : feature, barrier);
+            for (int half = 0; half < C::HALVES; half++) {
+                const u32 to = ring + stage * C::STAGE_BYTES + half * C::HALF_BYTES;
+                const int element = cursor.block * C::BLOCK + half * ELEMENTS;
+                // As `weight_map` has its dimensions.
+                if (IS_GATED) {
+                    const int first = cursor.tile * (C::TILE / 2), cell = first / cell_features;
+                    copy_box_once(to, &weight_map, {element, 0, 0, (first - cell * cell_features) / 8, cell}, barrier);
+                } else if (IS_TRANSPOSED) {
+                    copy_box_once(to, &weight_map, {0, element, cursor.tile * (C::TILE / FEATURES), 0, 0}, barrier);
+                } else {
+                    copy_box_once(to, &weight_map, {element, cursor.tile * C::TILE, 0, 0, 0}, barrier);
                 }
             }
         };
         const auto fetch_x = [&](int stage) {
 #pragma unroll
-            for (int half = 0; half < HALVES; half++) {
-                copy_box(ring + stage * R::STAGE_BYTES + half * R::HALF_BYTES + R::WEIGHT_BYTES, &x_map,
-                         cursor.block * BLOCK + half * ELEMENTS, 0, filled + 8 * stage);
+            for (int half = 0; half < C::HALVES; half++) {
+                copy_box(ring + stage * C::STAGE_BYTES + half * C::HALF_BYTES + C::WEIGHT_BYTES, &x_map,
+                         cursor.block * C::BLOCK + half * ELEMENTS, 0, filled + 8 * stage);
             }
         };
         const Cursor start = cursor;
         int num_at_first = 0;
-        for (; num_at_first < R::NUM_STAGES && !cursor.is_done(); num_at_first++) {
+        for (; num_at_first < C::NUM_STAGES && !cursor.is_done(); num_at_first++) {
             fetch_weights(num_at_first);
             cursor.advance(work, 1);
         }
@@ -275,14 +297,13 @@ __global__ void __launch_bounds__(NUM_THREADS, 1) multiply_rows_kernel(
             fetch_weights(stage);
             fetch_x(stage);
             cursor.advance(work, 1);
-            if (++stage == R::NUM_STAGES) stage = 0, parity ^= 1;
+            if (++stage == C::NUM_STAGES) stage = 0, parity ^= 1;
         }
         return;
     }
 
     const int group = warp / 4;
-    float sums[R::NUM_SUMS];
-    float* const exchange = reinterpret_cast<float*>(memory + R::NUM_STAGES * R::STAGE_BYTES) + threadIdx.x % 128;
+    float sums[C::NUM_OPERANDS][C::NUM_SUMS];
     int stage = 0;
     u32 parity = 0;
     while (!cursor.is_done()) {
@@ -290,91 +311,92 @@ __global__ void __launch_bounds__(NUM_THREADS, 1) multiply_rows_kernel(
         const bool has_first = cursor.block == 0;
         cursor.advance(work, num_units);
 #pragma unroll
-        for (int i = 0; i < R::NUM_SUMS; i++) sums[i] = 0;
+        for (int i = 0; i < C::NUM_OPERANDS * C::NUM_SUMS; i++) sums[i / C::NUM_SUMS][i % C::NUM_SUMS] = 0;
 #pragma unroll 1
         for (int unit = 0; unit < num_units; unit++) {
             wait_for(filled + 8 * stage, parity);
             asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-            for (int half = 0; half < HALVES; half++) {
-                const u32 at = ring + stage * R::STAGE_BYTES + half * R::HALF_BYTES;
-                const u64 left = matrix_at(at + group * GROUP_BYTES), right = matrix_at(at + R::WEIGHT_BYTES);
+            for (int half = 0; half < C::HALVES; half++) {
+                const u32 at = ring + stage * C::STAGE_BYTES + half * C::HALF_BYTES;
+                const u64 right = matrix_at(at + C::WEIGHT_BYTES);
 #pragma unroll
-                for (int k = 0; k < ELEMENTS / 16; k++) {
-                    // Sixteen elements on: 32 bytes of a row, or sixteen rows.
-                    multiply_add<NUM_ROWS, IS_TRANSPOSED>(sums, left + k * (IS_TRANSPOSED ? 128 : 2), right + k * 2);
+                for (int i = 0; i < C::NUM_OPERANDS; i++) {
+                    const u64 left = matrix_at(at + (group * C::NUM_OPERANDS + i) * OPERAND_BYTES);
+#pragma unroll
+                    for (int k = 0; k < ELEMENTS / 16; k++) {
+                        // Sixteen elements on: 32 bytes of a row, or sixteen rows.
+                        multiply_add<NUM_ROWS, IS_TRANSPOSED>(sums[i], left + k * (IS_TRANSPOSED ? 128 : 2),
+                                                              right + k * 2);
+                    }
                 }
             }
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-            for (int i = 0; i < R::NUM_SUMS; i++) asm volatile("" : "+f"(sums[i])::"memory");
+            for (int i = 0; i < C::NUM_OPERANDS * C::NUM_SUMS; i++) {
+                asm volatile("" : "+f"(sums[i / C::NUM_SUMS][i % C::NUM_SUMS])::"memory");
+            }
             if (lane == 0) arrive(emptied + 8 * stage);
-            if (++stage == R::NUM_STAGES) stage = 0, parity ^= 1;
+            if (++stage == C::NUM_STAGES) stage = 0, parity ^= 1;
         }
 
-        float4* const parts = reinterpret_cast<float4*>(partials) + threadIdx.x;
-        int* const counter = counters + tile * NUM_GROUPS + group;
-        const auto store_part = [&](int part) {
+        float4* const parts = partials + threadIdx.x;
+        int* const group_counters = counters + (tile * NUM_GROUPS + group) * C::PIECES_OF_GROUP;
+        // For a sum over ranks every piece has a counter, else all of a group have the first.
+        const auto store_part = [&](int part, int num_counters) {
 #pragma unroll
-            for (int i = 0; i < R::NUM_SUMS / 4; i++) {
-                parts[(part * (R::NUM_SUMS / 4) + i) * NUM_CONSUMERS] =
-                    make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+            for (int i = 0; i < C::NUM_OPERANDS * C::NUM_SUMS; i += 4) {
+                const float* const four = &sums[i / C::NUM_SUMS][i % C::NUM_SUMS];
+                parts[part * VECTORS_OF_PART + i / 4 * NUM_CONSUMERS] =
+                    make_float4(four[0], four[1], four[2], four[3]);
             }
             sync_group(group);
-            if (threadIdx.x % 128 == 0) count(counter);
+            if (threadIdx.x % 128 < num_counters) count(group_counters + threadIdx.x % 128);
         };
         if (work.is_reduced) {
-            store_part(work.part(band, blockIdx.x, tile));
+            store_part(work.part(band, blockIdx.x, tile), C::PIECES_OF_GROUP);
             continue;
         }
         if (num_units < work.num_blocks) {
             if (!has_first) {
-                store_part(blockIdx.x);
+                store_part(blockIdx.x, 1);
                 continue;
             }
             const int last = work.cta_of(0, (tile + 1) * work.num_blocks - 1);
             if (threadIdx.x % 128 == 0) {
-                wait_until(counter, last - blockIdx.x);
-                *counter = 0;
+                wait_until(group_counters, last - blockIdx.x);
+                *group_counters = 0;
             }
             sync_group(group);
 #pragma unroll 2
             for (int other = blockIdx.x + 1; other <= last; other++) {
-                add_part<R::NUM_SUMS>(sums, parts, other);
+                add_part<C::NUM_OPERANDS * C::NUM_SUMS>(sums[0], parts + other * VECTORS_OF_PART);
             }
         }
 
-        if (IS_GATED) {
-            if (group == 1) {
+        // Of every sixteen rows of the left operand, those of this warp: two eights of features, or one with its gates.
+        constexpr int FEATURES_OF_WARP = IS_GATED ? 8 : 16;
 #pragma unroll
-                for (int i = 0; i < R::NUM_SUMS; i++) exchange[i * 128] = sums[i];
-            }
-            sync_consumers();
-        }
-        if (!IS_GATED || group == 0) {
-            const int first = (IS_GATED ? tile : tile * NUM_GROUPS + group) * FEATURES;
-            u16* const to = out + first + warp % 4 * 16 + lane % 4 * 2;
+        for (int operand = 0; operand < C::NUM_OPERANDS; operand++) {
+            const int first = ((tile * NUM_GROUPS + group) * C::NUM_OPERANDS + operand) * 4 + warp % 4;
+            u16* const to = out + first * FEATURES_OF_WARP + lane % 4 * 2;
 #pragma unroll
             for (int i = 0; i < NUM_ROWS / 8; i++) {
-                const float* sum = sums + 4 * i;
-                u32 low, high;  // features lane / 4 and 8 + lane / 4 of the warp's, two rows
-                if (IS_GATED) {
-                    const float* up = exchange + 4 * i * 128;
-                    low = gated(sum[0], sum[1], up[0], up[128]), high = gated(sum[2], sum[3], up[256], up[384]);
-                } else {
-                    low = packed<IS_HALF>(sum[0], sum[1]), high = packed<IS_HALF>(sum[2], sum[3]);
-                }
-                low = transposed(low), high = transposed(high);
+                // Of row lane / 4 of the operand's and of the one eight further, two rows of x; then the other way round.
+                const float* const sum = sums[operand] + 4 * i;
                 const int row = i * 8 + lane / 4;
-                if (row < num_rows) {
-                    u32* const at = reinterpret_cast<u32*>(to + static_cast<long long>(row) * num_features);
-                    at[0] = low;
-                    at[4] = high;
+                u32* const at = reinterpret_cast<u32*>(to + static_cast<long long>(row) * num_features);
+                if constexpr (IS_GATED) {
+                    const u32 pair = transposed(gated(sum[0], sum[1], sum[2], sum[3]));
+                    if (row < num_rows) at[0] = pair;
+                } else {
+                    const u32 low = transposed(packed<IS_HALF>(sum[0], sum[1]));
+                    const u32 high = transposed(packed<IS_HALF>(sum[2], sum[3]));
+                    if (row < num_rows) at[0] = low, at[4] = high;
                 }
             }
         }
-        if (IS_GATED) sync_consumers();
     }
 }
 
@@ -405,20 +427,26 @@ constexpr int FLAG_STRIDE = 8;  // as host_slots.py has it: each flag has a cach
 //     link out            band 0   band 1
 //     link in               band 0   band 1
 //
-// One CTA for 64 features adds up the parts of this rank, leaves the result in host memory for the others, and adds
-// theirs, in the order of the ranks. What a call writes is not overwritten while it is read: host_all_reduce_kernel.py,
-// with a counter of calls for every 64 features. A rank's call starts when its call before has ended, since the product
-// lets this kernel start only when it has waited for all kernels before it.
+// One CTA for a piece, 64 features of up to 64 rows, adds up the parts of this rank, leaves the result in host memory for
+// the others, and adds theirs, in the order of the ranks. What a call writes is not overwritten while it is read:
+// host_all_reduce_kernel.py, with a counter of calls for every piece. A rank's call starts when its call before has
+// ended, since the product lets this kernel start only when it has waited for all kernels before it.
 template <int NUM_ROWS>
 __global__ void __launch_bounds__(128) reduce_tiles_kernel(
-    const float* partials, int* counters, u16* __restrict__ result,
-    uint2* slots,  // host, (ranks, 2 halves, max_pieces, MOST_ROWS / 8, 128)
+    const float4* partials, int* counters, u16* __restrict__ result,
+    uint2* slots,  // host, (ranks, 2 halves, max_pieces, MOST_ROWS_OF_PIECE / 8, 128)
     u64* flags,    // host, (ranks, max_pieces, FLAG_STRIDE)
     u64* calls,    // (max_pieces,)
     int num_rows, int num_features, Work work, int rank, int num_ranks, int max_pieces) {
-    constexpr int NUM_SUMS = NUM_ROWS / 2, NUM_WORDS = NUM_ROWS / 8;
+    using C = Cut<NUM_ROWS>;
+    constexpr int NUM_SUMS = C::ROWS_OF_PIECE / 2, NUM_WORDS = C::ROWS_OF_PIECE / 8;
+    constexpr int VECTORS_OF_PART = C::NUM_OPERANDS * C::NUM_SUMS / 4 * NUM_CONSUMERS;
     allow_next_kernel();
-    const int piece = blockIdx.x, tile = piece / NUM_GROUPS, group = piece % NUM_GROUPS;
+    // (tile, warpgroup, operand, rows), from the outermost in.
+    const int piece = blockIdx.x, tile = piece / (NUM_GROUPS * C::PIECES_OF_GROUP);
+    const int group = piece / C::PIECES_OF_GROUP % NUM_GROUPS, piece_of_group = piece % C::PIECES_OF_GROUP;
+    const int first_row = piece % C::PIECES_OF_ROWS * C::ROWS_OF_PIECE;
+    num_rows -= first_row;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int band = tile >= work.num_first, first_unit = (tile - work.first_tile(band)) * work.num_blocks;
     const int first = work.cta_of(band, first_unit), last = work.cta_of(band, first_unit + work.num_blocks - 1);
@@ -432,9 +460,12 @@ __global__ void __launch_bounds__(128) reduce_tiles_kernel(
     float sums[NUM_SUMS];
 #pragma unroll
     for (int i = 0; i < NUM_SUMS; i++) sums[i] = 0;
-    const float4* const parts = reinterpret_cast<const float4*>(partials) + group * 128 + threadIdx.x;
+    const float4* const parts =
+        partials + piece_of_group * (NUM_SUMS / 4) * NUM_CONSUMERS + group * 128 + threadIdx.x;
 #pragma unroll 3
-    for (int cta = first; cta <= last; cta++) add_part<NUM_SUMS>(sums, parts, work.part(band, cta, tile));
+    for (int cta = first; cta <= last; cta++) {
+        add_part<NUM_SUMS>(sums, parts + work.part(band, cta, tile) * VECTORS_OF_PART);
+    }
 
     // Of rows 8 i + lane / 4: two features, and the two that are eight further.
     uint2 own[NUM_WORDS];
@@ -444,7 +475,7 @@ __global__ void __launch_bounds__(128) reduce_tiles_kernel(
                             transposed(packed<IS_HALF>(sums[4 * i + 2], sums[4 * i + 3])));
     }
     const auto slot_of = [&](int owner) {
-        return slots + ((owner * 2 + call % 2) * max_pieces + piece) * (MOST_ROWS / 8) * 128 + threadIdx.x;
+        return slots + ((owner * 2 + call % 2) * max_pieces + piece) * (MOST_ROWS_OF_PIECE / 8) * 128 + threadIdx.x;
     };
     uint2* const mine = slot_of(rank);
 #pragma unroll
@@ -474,7 +505,8 @@ __global__ void __launch_bounds__(128) reduce_tiles_kernel(
             totals[i][0] += low.x, totals[i][1] += low.y, totals[i][2] += high.x, totals[i][3] += high.y;
         }
     }
-    u16* const to = result + piece * FEATURES + warp * 16 + lane % 4 * 2;
+    u16* const to = result + static_cast<long long>(first_row) * num_features +
+                    piece / C::PIECES_OF_ROWS * FEATURES + warp * 16 + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < NUM_WORDS; i++) {
         const int row = i * 8 + lane / 4;
@@ -493,23 +525,24 @@ constexpr int NORM_THREADS = 512;
 constexpr int MAX_VECTORS = 4;  // of eight elements, of a thread
 
 // residual += x, and x becomes the norm of the sum; one CTA a row.
+template <int NUM_VECTORS>
 __global__ void __launch_bounds__(NORM_THREADS) add_rms_norm_kernel(
     uint4* __restrict__ x, uint4* __restrict__ residual, const uint4* __restrict__ weight, int num_vectors, float eps,
     float weight_offset) {
     __shared__ float squares[NORM_THREADS / 32];
     allow_next_kernel();
-    uint4 factors[MAX_VECTORS];
+    uint4 factors[NUM_VECTORS];
 #pragma unroll
-    for (int i = 0; i < MAX_VECTORS; i++) {
+    for (int i = 0; i < NUM_VECTORS; i++) {
         const int at = i * NORM_THREADS + threadIdx.x;
         if (at < num_vectors) factors[i] = weight[at];
     }
     wait_for_kernels_before();
     x += static_cast<long long>(blockIdx.x) * num_vectors, residual += static_cast<long long>(blockIdx.x) * num_vectors;
-    float2 values[MAX_VECTORS][4];
+    float2 values[NUM_VECTORS][4];
     float square = 0;
 #pragma unroll
-    for (int i = 0; i < MAX_VECTORS; i++) {
+    for (int i = 0; i < NUM_VECTORS; i++) {
         const int at = i * NORM_THREADS + threadIdx.x;
         if (at >= num_vectors) break;
         const uint4 added = x[at], old = residual[at];
@@ -533,7 +566,7 @@ __global__ void __launch_bounds__(NORM_THREADS) add_rms_norm_kernel(
     for (int i = 0; i < NORM_THREADS / 32; i++) square += squares[i];
     const float scale = rsqrtf(square / (8 * num_vectors) + eps);
 #pragma unroll
-    for (int i = 0; i < MAX_VECTORS; i++) {
+    for (int i = 0; i < NUM_VECTORS; i++) {
         const int at = i * NORM_THREADS + threadIdx.x;
         if (at >= num_vectors) break;
         const u32 pairs[4] = {factors[i].x, factors[i].y, factors[i].z, factors[i].w};
@@ -548,8 +581,15 @@ __global__ void __launch_bounds__(NORM_THREADS) add_rms_norm_kernel(
     }
 }
 
-// Boxes of (outer, 64 inner) elements of (num_outer, num_inner), the outer at `stride`.
-CUtensorMap tensor_map(const TensorView& tensor, int num_inner, int num_outer, int64_t stride, int box_outer) {
+struct Dimension {
+    int size;
+    int64_t stride;  // in elements; that of the first is 1
+    int box;
+};
+
+// Boxes of `tensor` taken to have these dimensions, the innermost first, of which a box has 64 elements.
+template <int NUM_DIMENSIONS>
+CUtensorMap tensor_map(const TensorView& tensor, const Dimension (&dimensions)[NUM_DIMENSIONS]) {
     static const auto encode = [] {
         void* function = nullptr;
         cudaDriverEntryPointQueryResult found;
@@ -558,15 +598,40 @@ CUtensorMap tensor_map(const TensorView& tensor, int num_inner, int num_outer, i
         return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
     }();
     constexpr auto TYPE = IS_HALF ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(num_inner), static_cast<cuuint64_t>(num_outer)};
-    const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
-    const cuuint32_t box[2] = {ELEMENTS, static_cast<cuuint32_t>(box_outer)}, steps[2] = {1, 1};
+    cuuint64_t sizes[NUM_DIMENSIONS], strides[NUM_DIMENSIONS];
+    cuuint32_t box[NUM_DIMENSIONS], steps[NUM_DIMENSIONS];
+    for (int i = 0; i < NUM_DIMENSIONS; i++) {
+        sizes[i] = dimensions[i].size, strides[i] = 2 * dimensions[i].stride, box[i] = dimensions[i].box, steps[i] = 1;
+    }
     CUtensorMap map;
-    const CUresult status = encode(&map, TYPE, 2, tensor.data_ptr(), sizes, strides, box, steps,
+    const CUresult status = encode(&map, TYPE, NUM_DIMENSIONS, tensor.data_ptr(), sizes, strides + 1, box, steps,
                                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                    CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     TVM_FFI_ICHECK(status == CUDA_SUCCESS) << "cuTensorMapEncodeTiled: " << status;
     return map;
+}
+
+// Boxes of a tile's weights.
+template <int TILE, bool IS_TRANSPOSED, bool IS_GATED>
+CUtensorMap map_of_weights(const TensorView& weight, int cell_features) {
+    const int num_weights = weight.size(0), num_elements = weight.size(1);
+    const int64_t row = weight.stride(0), column = weight.stride(1);
+    constexpr Dimension ONE = {1, ELEMENTS, 1};
+    if constexpr (IS_TRANSPOSED) {
+        return tensor_map(weight, {{FEATURES, 1, FEATURES},
+                                   {num_elements, column, ELEMENTS},
+                                   {num_weights / FEATURES, FEATURES, TILE / FEATURES},
+                                   ONE, ONE});
+    } else if constexpr (IS_GATED) {
+        const int num_cells = num_weights / (2 * cell_features);
+        return tensor_map(weight, {{num_elements, 1, ELEMENTS},
+                                   {8, row, 8},
+                                   {2, row * cell_features, 2},  // gates and ups
+                                   {cell_features / 8, row * 8, TILE / 16},
+                                   {num_cells, row * cell_features * 2, 1}});
+    } else {
+        return tensor_map(weight, {{num_elements, 1, ELEMENTS}, {num_weights, row, TILE}, ONE, ONE, ONE});
+    }
 }
 
 struct Product {
@@ -579,37 +644,37 @@ struct Product {
 
 template <int NUM_ROWS, bool IS_TRANSPOSED, bool IS_GATED>
 void multiply_rows_as(const Product& p) {
-    using R = Ring<NUM_ROWS>;
+    using C = Cut<NUM_ROWS>;
     const int num_rows = p.x.size(0), num_elements = p.x.size(1), num_weights = p.weight.size(0);
-    const int num_features = p.out.size(1), num_blocks = num_elements / BLOCK, num_tiles = num_weights / TILE;
-    TVM_FFI_ICHECK(num_elements % BLOCK == 0 && num_weights % TILE == 0 && p.cell_features % FEATURES == 0);
-    TVM_FFI_ICHECK(p.tiles_of_last_band < num_tiles && p.counters.numel() >= num_tiles * NUM_GROUPS);
+    const int num_features = p.out.size(1), num_blocks = num_elements / C::BLOCK, num_tiles = num_weights / C::TILE;
+    const int num_pieces = num_tiles * NUM_GROUPS * C::PIECES_OF_GROUP;
+    TVM_FFI_ICHECK(num_elements % C::BLOCK == 0 && num_weights % C::TILE == 0 && p.cell_features % (C::TILE / 2) == 0);
+    TVM_FFI_ICHECK(p.tiles_of_last_band < num_tiles && p.counters.numel() >= num_pieces);
     ffi::CUDADeviceGuard device_guard(p.x.device().device_id);
     int most_ctas = 0;
     cudaDeviceGetAttribute(&most_ctas, cudaDevAttrMultiProcessorCount, p.x.device().device_id);
     const Work work = divide(num_tiles, num_blocks, most_ctas, p.tiles_of_last_band);
-    TVM_FFI_ICHECK(p.partials.numel() >= static_cast<int64_t>(work.num_parts()) * R::NUM_SUMS * NUM_CONSUMERS);
+    TVM_FFI_ICHECK(p.partials.numel() >= static_cast<int64_t>(work.num_parts()) * C::TILE * NUM_ROWS);
     TVM_FFI_ICHECK(!work.is_reduced || work.num_first <= work.num_ctas) << "parts of more than two tiles of a band";
-    const CUtensorMap x_map = tensor_map(p.x, num_elements, num_rows, p.x.stride(0), NUM_ROWS);
-    const CUtensorMap weight_map = IS_TRANSPOSED
-                                       ? tensor_map(p.weight, num_weights, num_elements, p.weight.stride(1), ELEMENTS)
-                                       : tensor_map(p.weight, num_elements, num_weights, p.weight.stride(0), FEATURES);
+    const CUtensorMap x_map =
+        tensor_map(p.x, {{num_elements, 1, ELEMENTS}, {num_rows, p.x.stride(0), NUM_ROWS}});
+    const CUtensorMap weight_map = map_of_weights<C::TILE, IS_TRANSPOSED, IS_GATED>(p.weight, p.cell_features);
     auto* const out = static_cast<u16*>(p.out.data_ptr());
-    auto* const partials = static_cast<float*>(p.partials.data_ptr());
+    auto* const partials = static_cast<float4*>(p.partials.data_ptr());
     auto* const counters = static_cast<int*>(p.counters.data_ptr());
     const auto kernel = multiply_rows_kernel<NUM_ROWS, IS_TRANSPOSED, IS_GATED>;
     const cudaStream_t stream = get_stream(p.x.device());
-    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, R::BYTES);
+    cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::RING_BYTES);
     if (status == cudaSuccess) {
-        status = launch_early(kernel, work.num_ctas, NUM_THREADS, R::BYTES, stream, weight_map, x_map, out, partials,
-                              counters, num_rows, num_features, work, p.cell_features);
+        status = launch_early(kernel, work.num_ctas, NUM_THREADS, C::RING_BYTES, stream, weight_map, x_map, out,
+                              partials, counters, num_rows, num_features, work, p.cell_features);
     }
     if (status == cudaSuccess && work.is_reduced) {
         const int max_pieces = p.flags->size(1), num_ranks = p.flags->size(0);
-        TVM_FFI_ICHECK(num_tiles * NUM_GROUPS <= max_pieces && p.calls->numel() == max_pieces);
-        TVM_FFI_ICHECK(p.slots->numel() == 2ll * num_ranks * max_pieces * FEATURES * MOST_ROWS);
-        status = launch_early(reduce_tiles_kernel<NUM_ROWS>, num_tiles * NUM_GROUPS, 128, 0, stream, partials, counters,
-                              out, static_cast<uint2*>(p.slots->data_ptr()), static_cast<u64*>(p.flags->data_ptr()),
+        TVM_FFI_ICHECK(num_pieces <= max_pieces && p.calls->numel() == max_pieces);
+        TVM_FFI_ICHECK(p.slots->numel() == 2ll * num_ranks * max_pieces * FEATURES * MOST_ROWS_OF_PIECE);
+        status = launch_early(reduce_tiles_kernel<NUM_ROWS>, num_pieces, 128, 0, stream, partials, counters, out,
+                              static_cast<uint2*>(p.slots->data_ptr()), static_cast<u64*>(p.flags->data_ptr()),
                               static_cast<u64*>(p.calls->data_ptr()), num_rows, num_features, work, p.rank, num_ranks,
                               max_pieces);
     }
@@ -628,7 +693,8 @@ void multiply_padded_rows(const Product& p) {
 }
 
 void multiply(const Product& product) {
-    switch ((product.x.size(0) + 7) / 8) {
+    const int num_rows = product.x.size(0);
+    switch ((num_rows + 7) / 8) {
         case 1: return multiply_padded_rows<8>(product);
         case 2: return multiply_padded_rows<16>(product);
         case 3: return multiply_padded_rows<24>(product);
@@ -637,13 +703,17 @@ void multiply(const Product& product) {
         case 6: return multiply_padded_rows<48>(product);
         case 7: return multiply_padded_rows<56>(product);
         case 8: return multiply_padded_rows<64>(product);
+        case 9: case 10: return multiply_padded_rows<80>(product);
+        case 11: case 12: return multiply_padded_rows<96>(product);
+        case 13: case 14: return multiply_padded_rows<112>(product);
+        case 15: case 16: return multiply_padded_rows<128>(product);
     }
-    TVM_FFI_ICHECK(false) << "multiply_rows: " << product.x.size(0) << " rows, at most " << MOST_ROWS;
+    TVM_FFI_ICHECK(false) << "multiply_rows: " << num_rows << " rows, at most " << MOST_ROWS;
 }
 
 }  // namespace
 
-// `out` (N, F) of `x` (N, K), N up to 64, and `weight` (F, K), contiguous or the transpose of a contiguous tensor. With
+// `out` (N, F) of `x` (N, K), N up to 128, and `weight` (F, K), contiguous or the transpose of a contiguous tensor. With
 // `cell_features` weight has, cell by cell, so many gates and as many ups, and out is silu(gate) up. Uses `partials`,
 // float32, and `counters`, int32 zeros.
 void multiply_rows(TensorView x, TensorView weight, TensorView out, TensorView partials, TensorView counters,
@@ -652,7 +722,7 @@ void multiply_rows(TensorView x, TensorView weight, TensorView out, TensorView p
 }
 
 // The same, not gated, summed over ranks: `slots` and `flags` are host memory that they share, `calls`, int64, is this
-// one's. So many tiles of 128 features come last, while the others travel.
+// one's. So many tiles come last, while the others travel.
 void multiply_and_reduce_rows(TensorView x, TensorView weight, TensorView out, TensorView partials, TensorView counters,
                               int64_t tiles_of_last_band, int64_t rank, TensorView slots, TensorView flags,
                               TensorView calls) {
@@ -668,8 +738,10 @@ void add_rms_norm_rows(TensorView x, TensorView residual, TensorView weight, dou
     const int num_rows = x.size(0), num_vectors = x.size(1) / 8;
     TVM_FFI_ICHECK(x.size(1) % 8 == 0 && num_vectors <= NORM_THREADS * MAX_VECTORS);
     ffi::CUDADeviceGuard device_guard(x.device().device_id);
+    // With few vectors a thread it leaves registers to the product that waits for it.
+    const auto kernel = num_vectors <= 2 * NORM_THREADS ? add_rms_norm_kernel<2> : add_rms_norm_kernel<MAX_VECTORS>;
     const cudaError_t status =
-        launch_early(add_rms_norm_kernel, num_rows, NORM_THREADS, 0, get_stream(x.device()),
+        launch_early(kernel, num_rows, NORM_THREADS, 0, get_stream(x.device()),
                      static_cast<uint4*>(x.data_ptr()), static_cast<uint4*>(residual.data_ptr()),
                      static_cast<const uint4*>(weight.data_ptr()), num_vectors, static_cast<float>(eps),
                      static_cast<float>(weight_offset));
