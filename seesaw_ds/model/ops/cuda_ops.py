@@ -73,7 +73,7 @@ class CudaOps:
 
     def linear_act_and_mul(self, x_NM: torch.Tensor, weight: torch.Tensor, num_cells: int) -> torch.Tensor:
         rows = self._own_kernels(x_NM, weight)
-        if rows is not None and self._is_silu and rows.gates(x_NM.shape[0], weight, num_cells):
+        if rows is not None and self._is_silu and rows.gates(weight, num_cells):
             return rows.multiply_gated(x_NM, weight, num_cells)
         return self.act_and_mul(self.linear(x_NM, weight).view(x_NM.shape[0], num_cells, 2, -1))
 

@@ -23,8 +23,7 @@
 //
 // The CTA that has the first block of a tile adds up what the others have of it, in their order. They began with it
 // before that CTA came to it, so it seldom waits. Tensor cores take weights as the left operand, 64 features at a time,
-// and rows as the right one, so that few rows leave little of them unused. Every tile reads all rows, out of the L2
-// cache; with more than 64 of them that would be as much as its weights, so tiles are twice as large then.
+// and rows as the right one, so that few rows leave little of them unused.
 
 #include <cuda.h>
 #include <cuda_fp16.h>
@@ -37,37 +36,35 @@ namespace {
 constexpr int ROW_BYTES = 128;  // of a swizzled row of shared memory: 64 elements
 constexpr int ELEMENTS = ROW_BYTES / 2;
 constexpr int FEATURES = 64;  // of a tensor core's left operand
-constexpr int OPERAND_BYTES = FEATURES * ROW_BYTES;
 constexpr int NUM_GROUPS = 2;  // warpgroups that multiply, each its own features
+constexpr int TILE = NUM_GROUPS * FEATURES;
+constexpr int GROUP_BYTES = FEATURES * ROW_BYTES;
 constexpr int MOST_ROWS = 128;
 constexpr int MOST_ROWS_OF_PIECE = 64;  // of what a CTA sums over ranks at once, with 64 features
 constexpr int NUM_CONSUMERS = NUM_GROUPS * 128;
 constexpr int NUM_THREADS = NUM_CONSUMERS + 32;  // the last warp fetches
-constexpr int MAX_STAGES = 5;
+constexpr int MAX_STAGES = 6;
+constexpr int MOST_REGISTERS = 112;  // leaves room likewise
 constexpr int SHARED_BYTES = 200 << 10;  // leaves room for the small kernels that run meanwhile
 
 // How a product of so many rows, padded, is cut.
 template <int NUM_ROWS>
 struct Cut {
-    static constexpr bool IS_LARGE = NUM_ROWS > MOST_ROWS_OF_PIECE;
-    static constexpr int NUM_OPERANDS = IS_LARGE ? 2 : 1;  // of a warpgroup, each 64 features
-    static constexpr int TILE = NUM_GROUPS * NUM_OPERANDS * FEATURES;
-    static constexpr int HALVES = IS_LARGE ? 1 : 2;
+    static constexpr bool HAS_MANY_ROWS = NUM_ROWS > MOST_ROWS_OF_PIECE;
+    static constexpr int HALVES = HAS_MANY_ROWS ? 1 : 2;  // of a block
     static constexpr int BLOCK = HALVES * ELEMENTS;
-    static constexpr int NUM_SUMS = NUM_ROWS / 2;  // of a thread and an operand
-    // Pieces that are summed over ranks: 64 features of all rows, or of half of them.
-    static constexpr int PIECES_OF_ROWS = IS_LARGE ? 2 : 1;
-    static constexpr int PIECES_OF_GROUP = NUM_OPERANDS * PIECES_OF_ROWS;
-    static constexpr int ROWS_OF_PIECE = NUM_ROWS / PIECES_OF_ROWS;
+    static constexpr int NUM_SUMS = NUM_ROWS / 2;  // of a thread
+    static constexpr int VECTORS_OF_PART = NUM_SUMS / 4 * NUM_CONSUMERS;
     // The ring in shared memory has a block of weights and of rows a stage.
-    static constexpr int WEIGHT_BYTES = TILE * ROW_BYTES;  // of half a block, or of all of it
+    static constexpr int WEIGHT_BYTES = NUM_GROUPS * GROUP_BYTES;  // of half a block, or of all of it
     static constexpr int HALF_BYTES = WEIGHT_BYTES + NUM_ROWS * ROW_BYTES;
     static constexpr int STAGE_BYTES = HALVES * HALF_BYTES;
     static constexpr int STAGES_THAT_FIT = SHARED_BYTES / STAGE_BYTES;
     static constexpr int NUM_STAGES = STAGES_THAT_FIT < MAX_STAGES ? STAGES_THAT_FIT : MAX_STAGES;
     static constexpr int RING_BYTES = NUM_STAGES * STAGE_BYTES;
-    // A multiprocessor has 65,536, of which a norm takes 20,480 that runs meanwhile, but for the largest.
-    static constexpr int MOST_REGISTERS = NUM_ROWS > 112 ? 168 : IS_LARGE ? 152 : 112;
+    // Of what is summed over ranks at once: 64 features of all rows, or of half of them.
+    static constexpr int PIECES_OF_GROUP = HAS_MANY_ROWS ? 2 : 1;
+    static constexpr int ROWS_OF_PIECE = NUM_ROWS / PIECES_OF_GROUP;
     static_assert(ROWS_OF_PIECE % 8 == 0 && ROWS_OF_PIECE <= MOST_ROWS_OF_PIECE);
 };
 
@@ -222,15 +219,13 @@ __device__ __forceinline__ void add_part(float* sums, const float4* parts) {
 // IS_TRANSPOSED: weights are (K, F) in memory. IS_GATED: features are silu(gate) up, and rows of a left operand eight
 // gates and their eight ups in turn, so that a thread has both of a feature.
 template <int NUM_ROWS, bool IS_TRANSPOSED, bool IS_GATED>
-__global__ void __maxnreg__(Cut<NUM_ROWS>::MOST_REGISTERS) multiply_rows_kernel(
+__global__ void __maxnreg__(MOST_REGISTERS) multiply_rows_kernel(
     const __grid_constant__ CUtensorMap weight_map, const __grid_constant__ CUtensorMap x_map,
     u16* __restrict__ out,  // (N, F)
-    float4* partials,       // (CTAs, NUM_OPERANDS, NUM_SUMS / 4, NUM_CONSUMERS), or (2 bands, CTAs, 2, ...) for a sum
-                            // over ranks
+    float4* partials,       // (CTAs, NUM_SUMS / 4, NUM_CONSUMERS), or (2 bands, CTAs, 2, ...) for a sum over ranks
     int* counters,          // (pieces,) zeros, before and after
     int num_rows, int num_features, Work work, int cell_features) {
     using C = Cut<NUM_ROWS>;
-    constexpr int VECTORS_OF_PART = C::NUM_OPERANDS * C::NUM_SUMS / 4 * NUM_CONSUMERS;
     extern __shared__ __align__(1024) unsigned char memory[];
     __shared__ u64 barriers[2 * C::NUM_STAGES];
 
@@ -261,12 +256,12 @@ __global__ void __maxnreg__(Cut<NUM_ROWS>::MOST_REGISTERS) multiply_rows_kernel(
                 const int element = cursor.block * C::BLOCK + half * ELEMENTS;
                 // As `weight_map` has its dimensions.
                 if (IS_GATED) {
-                    const int first = cursor.tile * (C::TILE / 2), cell = first / cell_features;
+                    const int first = cursor.tile * FEATURES, cell = first / cell_features;
                     copy_box_once(to, &weight_map, {element, 0, 0, (first - cell * cell_features) / 8, cell}, barrier);
                 } else if (IS_TRANSPOSED) {
-                    copy_box_once(to, &weight_map, {0, element, cursor.tile * (C::TILE / FEATURES), 0, 0}, barrier);
+                    copy_box_once(to, &weight_map, {0, element, cursor.tile * NUM_GROUPS, 0, 0}, barrier);
                 } else {
-                    copy_box_once(to, &weight_map, {element, cursor.tile * C::TILE, 0, 0, 0}, barrier);
+                    copy_box_once(to, &weight_map, {element, cursor.tile * TILE, 0, 0, 0}, barrier);
                 }
             }
         };
@@ -303,7 +298,7 @@ __global__ void __maxnreg__(Cut<NUM_ROWS>::MOST_REGISTERS) multiply_rows_kernel(
     }
 
     const int group = warp / 4;
-    float sums[C::NUM_OPERANDS][C::NUM_SUMS];
+    float sums[C::NUM_SUMS];
     int stage = 0;
     u32 parity = 0;
     while (!cursor.is_done()) {
@@ -311,7 +306,7 @@ __global__ void __maxnreg__(Cut<NUM_ROWS>::MOST_REGISTERS) multiply_rows_kernel(
         const bool has_first = cursor.block == 0;
         cursor.advance(work, num_units);
 #pragma unroll
-        for (int i = 0; i < C::NUM_OPERANDS * C::NUM_SUMS; i++) sums[i / C::NUM_SUMS][i % C::NUM_SUMS] = 0;
+        for (int i = 0; i < C::NUM_SUMS; i++) sums[i] = 0;
 #pragma unroll 1
         for (int unit = 0; unit < num_units; unit++) {
             wait_for(filled + 8 * stage, parity);
@@ -319,24 +314,17 @@ __global__ void __maxnreg__(Cut<NUM_ROWS>::MOST_REGISTERS) multiply_rows_kernel(
 #pragma unroll
             for (int half = 0; half < C::HALVES; half++) {
                 const u32 at = ring + stage * C::STAGE_BYTES + half * C::HALF_BYTES;
-                const u64 right = matrix_at(at + C::WEIGHT_BYTES);
+                const u64 left = matrix_at(at + group * GROUP_BYTES), right = matrix_at(at + C::WEIGHT_BYTES);
 #pragma unroll
-                for (int i = 0; i < C::NUM_OPERANDS; i++) {
-                    const u64 left = matrix_at(at + (group * C::NUM_OPERANDS + i) * OPERAND_BYTES);
-#pragma unroll
-                    for (int k = 0; k < ELEMENTS / 16; k++) {
-                        // Sixteen elements on: 32 bytes of a row, or sixteen rows.
-                        multiply_add<NUM_ROWS, IS_TRANSPOSED>(sums[i], left + k * (IS_TRANSPOSED ? 128 : 2),
-                                                              right + k * 2);
-                    }
+                for (int k = 0; k < ELEMENTS / 16; k++) {
+                    // Sixteen elements on: 32 bytes of a row, or sixteen rows.
+                    multiply_add<NUM_ROWS, IS_TRANSPOSED>(sums, left + k * (IS_TRANSPOSED ? 128 : 2), right + k * 2);
                 }
             }
             asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
-            for (int i = 0; i < C::NUM_OPERANDS * C::NUM_SUMS; i++) {
-                asm volatile("" : "+f"(sums[i / C::NUM_SUMS][i % C::NUM_SUMS])::"memory");
-            }
+            for (int i = 0; i < C::NUM_SUMS; i++) asm volatile("" : "+f"(sums[i])::"memory");
             if (lane == 0) arrive(emptied + 8 * stage);
             if (++stage == C::NUM_STAGES) stage = 0, parity ^= 1;
         }
@@ -346,10 +334,9 @@ __global__ void __maxnreg__(Cut<NUM_ROWS>::MOST_REGISTERS) multiply_rows_kernel(
         // For a sum over ranks every piece has a counter, else all of a group have the first.
         const auto store_part = [&](int part, int num_counters) {
 #pragma unroll
-            for (int i = 0; i < C::NUM_OPERANDS * C::NUM_SUMS; i += 4) {
-                const float* const four = &sums[i / C::NUM_SUMS][i % C::NUM_SUMS];
-                parts[part * VECTORS_OF_PART + i / 4 * NUM_CONSUMERS] =
-                    make_float4(four[0], four[1], four[2], four[3]);
+            for (int i = 0; i < C::NUM_SUMS / 4; i++) {
+                parts[part * C::VECTORS_OF_PART + i * NUM_CONSUMERS] =
+                    make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
             }
             sync_group(group);
             if (threadIdx.x % 128 < num_counters) count(group_counters + threadIdx.x % 128);
@@ -371,30 +358,27 @@ __global__ void __maxnreg__(Cut<NUM_ROWS>::MOST_REGISTERS) multiply_rows_kernel(
             sync_group(group);
 #pragma unroll 2
             for (int other = blockIdx.x + 1; other <= last; other++) {
-                add_part<C::NUM_OPERANDS * C::NUM_SUMS>(sums[0], parts + other * VECTORS_OF_PART);
+                add_part<C::NUM_SUMS>(sums, parts + other * C::VECTORS_OF_PART);
             }
         }
 
-        // Of every sixteen rows of the left operand, those of this warp: two eights of features, or one with its gates.
+        // Of the operand's sixteen rows that are this warp's: two eights of features, or one with its gates.
         constexpr int FEATURES_OF_WARP = IS_GATED ? 8 : 16;
+        u16* const to =
+            out + ((tile * NUM_GROUPS + group) * 4 + warp % 4) * FEATURES_OF_WARP + lane % 4 * 2;
 #pragma unroll
-        for (int operand = 0; operand < C::NUM_OPERANDS; operand++) {
-            const int first = ((tile * NUM_GROUPS + group) * C::NUM_OPERANDS + operand) * 4 + warp % 4;
-            u16* const to = out + first * FEATURES_OF_WARP + lane % 4 * 2;
-#pragma unroll
-            for (int i = 0; i < NUM_ROWS / 8; i++) {
-                // Of row lane / 4 of the operand's and of the one eight further, two rows of x; then the other way round.
-                const float* const sum = sums[operand] + 4 * i;
-                const int row = i * 8 + lane / 4;
-                u32* const at = reinterpret_cast<u32*>(to + static_cast<long long>(row) * num_features);
-                if constexpr (IS_GATED) {
-                    const u32 pair = transposed(gated(sum[0], sum[1], sum[2], sum[3]));
-                    if (row < num_rows) at[0] = pair;
-                } else {
-                    const u32 low = transposed(packed<IS_HALF>(sum[0], sum[1]));
-                    const u32 high = transposed(packed<IS_HALF>(sum[2], sum[3]));
-                    if (row < num_rows) at[0] = low, at[4] = high;
-                }
+        for (int i = 0; i < NUM_ROWS / 8; i++) {
+            // Two rows of x times operand rows lane / 4 and 8 + lane / 4; then a row of x times two of either.
+            const float* const sum = sums + 4 * i;
+            const int row = i * 8 + lane / 4;
+            u32* const at = reinterpret_cast<u32*>(to + static_cast<long long>(row) * num_features);
+            if constexpr (IS_GATED) {
+                const u32 pair = transposed(gated(sum[0], sum[1], sum[2], sum[3]));
+                if (row < num_rows) at[0] = pair;
+            } else {
+                const u32 low = transposed(packed<IS_HALF>(sum[0], sum[1]));
+                const u32 high = transposed(packed<IS_HALF>(sum[2], sum[3]));
+                if (row < num_rows) at[0] = low, at[4] = high;
             }
         }
     }
@@ -440,12 +424,10 @@ __global__ void __launch_bounds__(128) reduce_tiles_kernel(
     int num_rows, int num_features, Work work, int rank, int num_ranks, int max_pieces) {
     using C = Cut<NUM_ROWS>;
     constexpr int NUM_SUMS = C::ROWS_OF_PIECE / 2, NUM_WORDS = C::ROWS_OF_PIECE / 8;
-    constexpr int VECTORS_OF_PART = C::NUM_OPERANDS * C::NUM_SUMS / 4 * NUM_CONSUMERS;
     allow_next_kernel();
-    // (tile, warpgroup, operand, rows), from the outermost in.
-    const int piece = blockIdx.x, tile = piece / (NUM_GROUPS * C::PIECES_OF_GROUP);
-    const int group = piece / C::PIECES_OF_GROUP % NUM_GROUPS, piece_of_group = piece % C::PIECES_OF_GROUP;
-    const int first_row = piece % C::PIECES_OF_ROWS * C::ROWS_OF_PIECE;
+    const int piece = blockIdx.x, tile_and_group = piece / C::PIECES_OF_GROUP, piece_of_group = piece % C::PIECES_OF_GROUP;
+    const int tile = tile_and_group / NUM_GROUPS, group = tile_and_group % NUM_GROUPS;
+    const int first_row = piece_of_group * C::ROWS_OF_PIECE;
     num_rows -= first_row;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int band = tile >= work.num_first, first_unit = (tile - work.first_tile(band)) * work.num_blocks;
@@ -464,7 +446,7 @@ __global__ void __launch_bounds__(128) reduce_tiles_kernel(
         partials + piece_of_group * (NUM_SUMS / 4) * NUM_CONSUMERS + group * 128 + threadIdx.x;
 #pragma unroll 3
     for (int cta = first; cta <= last; cta++) {
-        add_part<NUM_SUMS>(sums, parts + work.part(band, cta, tile) * VECTORS_OF_PART);
+        add_part<NUM_SUMS>(sums, parts + work.part(band, cta, tile) * C::VECTORS_OF_PART);
     }
 
     // Of rows 8 i + lane / 4: two features, and the two that are eight further.
@@ -506,7 +488,7 @@ __global__ void __launch_bounds__(128) reduce_tiles_kernel(
         }
     }
     u16* const to = result + static_cast<long long>(first_row) * num_features +
-                    piece / C::PIECES_OF_ROWS * FEATURES + warp * 16 + lane % 4 * 2;
+                    tile_and_group * FEATURES + warp * 16 + lane % 4 * 2;
 #pragma unroll
     for (int i = 0; i < NUM_WORDS; i++) {
         const int row = i * 8 + lane / 4;
@@ -612,7 +594,7 @@ CUtensorMap tensor_map(const TensorView& tensor, const Dimension (&dimensions)[N
 }
 
 // Boxes of a tile's weights.
-template <int TILE, bool IS_TRANSPOSED, bool IS_GATED>
+template <bool IS_TRANSPOSED, bool IS_GATED>
 CUtensorMap map_of_weights(const TensorView& weight, int cell_features) {
     const int num_weights = weight.size(0), num_elements = weight.size(1);
     const int64_t row = weight.stride(0), column = weight.stride(1);
@@ -620,14 +602,14 @@ CUtensorMap map_of_weights(const TensorView& weight, int cell_features) {
     if constexpr (IS_TRANSPOSED) {
         return tensor_map(weight, {{FEATURES, 1, FEATURES},
                                    {num_elements, column, ELEMENTS},
-                                   {num_weights / FEATURES, FEATURES, TILE / FEATURES},
+                                   {num_weights / FEATURES, FEATURES, NUM_GROUPS},
                                    ONE, ONE});
     } else if constexpr (IS_GATED) {
         const int num_cells = num_weights / (2 * cell_features);
         return tensor_map(weight, {{num_elements, 1, ELEMENTS},
                                    {8, row, 8},
                                    {2, row * cell_features, 2},  // gates and ups
-                                   {cell_features / 8, row * 8, TILE / 16},
+                                   {cell_features / 8, row * 8, FEATURES / 8},
                                    {num_cells, row * cell_features * 2, 1}});
     } else {
         return tensor_map(weight, {{num_elements, 1, ELEMENTS}, {num_weights, row, TILE}, ONE, ONE, ONE});
@@ -646,19 +628,19 @@ template <int NUM_ROWS, bool IS_TRANSPOSED, bool IS_GATED>
 void multiply_rows_as(const Product& p) {
     using C = Cut<NUM_ROWS>;
     const int num_rows = p.x.size(0), num_elements = p.x.size(1), num_weights = p.weight.size(0);
-    const int num_features = p.out.size(1), num_blocks = num_elements / C::BLOCK, num_tiles = num_weights / C::TILE;
+    const int num_features = p.out.size(1), num_blocks = num_elements / C::BLOCK, num_tiles = num_weights / TILE;
     const int num_pieces = num_tiles * NUM_GROUPS * C::PIECES_OF_GROUP;
-    TVM_FFI_ICHECK(num_elements % C::BLOCK == 0 && num_weights % C::TILE == 0 && p.cell_features % (C::TILE / 2) == 0);
+    TVM_FFI_ICHECK(num_elements % C::BLOCK == 0 && num_weights % TILE == 0 && p.cell_features % FEATURES == 0);
     TVM_FFI_ICHECK(p.tiles_of_last_band < num_tiles && p.counters.numel() >= num_pieces);
     ffi::CUDADeviceGuard device_guard(p.x.device().device_id);
     int most_ctas = 0;
     cudaDeviceGetAttribute(&most_ctas, cudaDevAttrMultiProcessorCount, p.x.device().device_id);
     const Work work = divide(num_tiles, num_blocks, most_ctas, p.tiles_of_last_band);
-    TVM_FFI_ICHECK(p.partials.numel() >= static_cast<int64_t>(work.num_parts()) * C::TILE * NUM_ROWS);
+    TVM_FFI_ICHECK(p.partials.numel() >= static_cast<int64_t>(work.num_parts()) * TILE * NUM_ROWS);
     TVM_FFI_ICHECK(!work.is_reduced || work.num_first <= work.num_ctas) << "parts of more than two tiles of a band";
     const CUtensorMap x_map =
         tensor_map(p.x, {{num_elements, 1, ELEMENTS}, {num_rows, p.x.stride(0), NUM_ROWS}});
-    const CUtensorMap weight_map = map_of_weights<C::TILE, IS_TRANSPOSED, IS_GATED>(p.weight, p.cell_features);
+    const CUtensorMap weight_map = map_of_weights<IS_TRANSPOSED, IS_GATED>(p.weight, p.cell_features);
     auto* const out = static_cast<u16*>(p.out.data_ptr());
     auto* const partials = static_cast<float4*>(p.partials.data_ptr());
     auto* const counters = static_cast<int*>(p.counters.data_ptr());

@@ -16,7 +16,8 @@ from seesaw_ds.parallel.own_kernel import OwnKernel
 # As in the source.
 MOST_ROWS = 128
 _BLOCK = 128  # elements of a row that are multiplied at once, or half of them
-_FLOATS_OF_CTA = 256 * MOST_ROWS  # of the largest tile
+_TILE = 128  # features, of which a product with a gate has half as many gates
+_FLOATS_OF_CTA = _TILE * MOST_ROWS
 _FEATURES_OF_COUNTER = 32
 # For a sum over ranks through host memory, bytes of weights that are read while one byte travels: 4.3 TB/s, 34 GB/s.
 _BYTES_PER_BYTE = 128
@@ -40,11 +41,6 @@ def make_row_kernels(dtype: torch.dtype, device: torch.device) -> RowKernels | N
     """For a model in `dtype`; None where the device cannot have them."""
     kernel = row_kernels(dtype, device)
     return None if kernel is None else RowKernels(kernel, device)
-
-
-def _tile(num_rows: int) -> int:
-    """Features that are multiplied with so many rows at once; half of them are gates where there are any."""
-    return 128 if num_rows <= 64 else 256
 
 
 def tiles_of_last_band(num_tiles: int, num_rows: int, size: int, num_ctas: int) -> int:
@@ -80,7 +76,7 @@ class RowKernels:
         num_out, num_in = weight.shape
         return (
             num_rows <= MOST_ROWS
-            and num_out % _tile(num_rows) == num_in % _BLOCK == 0
+            and num_out % _TILE == num_in % _BLOCK == 0
             and weight.stride() in ((num_in, 1), (1, num_out))
             and weight.data_ptr() % 16 == 0
         )
@@ -92,7 +88,7 @@ class RowKernels:
     def reduces(self, num_rows: int, weight: torch.Tensor, slots: HostSlots) -> bool:
         """Whether `multiply_and_reduce` takes so many rows, and an (out, in) weight."""
         num_out = weight.shape[0]
-        has_bands = num_out % (2 * _tile(num_rows)) == 0
+        has_bands = num_out % (2 * _TILE) == 0
         return has_bands and self.multiplies(num_rows, weight) and slots.holds(num_rows, num_out)
 
     def multiply_and_reduce(self, x: torch.Tensor, weight: torch.Tensor, slots: HostSlots) -> torch.Tensor:
@@ -104,7 +100,7 @@ class RowKernels:
             out,
             self._partials,
             self._counters,
-            tiles_of_last_band(weight.shape[0] // _tile(x.shape[0]), x.shape[0], x.shape[1], self._num_ctas),
+            tiles_of_last_band(weight.shape[0] // _TILE, x.shape[0], x.shape[1], self._num_ctas),
             slots.rank,
             slots.slots(x.dtype),
             slots.flags,
@@ -112,9 +108,9 @@ class RowKernels:
         )
         return out
 
-    def gates(self, num_rows: int, weight: torch.Tensor, num_cells: int) -> bool:
-        """Whether `multiply_gated` takes what `multiply` takes."""
-        return weight.is_contiguous() and weight.shape[0] % (_tile(num_rows) * num_cells) == 0
+    def gates(self, weight: torch.Tensor, num_cells: int) -> bool:
+        """Whether `multiply_gated` takes a weight that `multiply` takes."""
+        return weight.is_contiguous() and weight.shape[0] % (_TILE * num_cells) == 0
 
     def multiply_gated(self, x: torch.Tensor, weight: torch.Tensor, num_cells: int) -> torch.Tensor:
         """``silu(x @ gate.T) * (x @ up.T)``, (N, F), of a contiguous (2 F, in) weight that has gates and ups in turn,
