@@ -53,7 +53,7 @@ def test_a_captured_step_has_the_fastest(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(products, "_LEAST_GAIN", -1.0)  # some algorithm is taken for each size
     weights = [matrices(1280, 4096, is_transposed, torch.bfloat16) for is_transposed in (False, True)]
     linear = TunedProducts()
-    linear.tune([*ROWS, products.MOST_ROWS + 1], weights)
+    linear.tune((rows, weight) for rows in [*ROWS, products.MOST_ROWS + 1] for weight in weights)
     assert set(linear._products) == set(ROWS)
     assert sum(map(len, linear._products.values())) == len(ROWS) * len(weights)
     for num_rows in ROWS:

@@ -41,19 +41,24 @@ class CudaOps:
         self._is_early = can_start_early(torch.device("cuda"))
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return self._products(x, weight, bias)
+        own = self._own_kernels(x, weight) if bias is None else None
+        return self._products(x, weight, bias) if own is None else own.multiply(x, weight)
 
     def linear_all_reduce(self, x: torch.Tensor, weight: torch.Tensor, all_reduce: AllReduce) -> torch.Tensor:
-        # Whatever the timings of products say: all ranks have to do the same.
-        slots, rows = all_reduce.host_slots, self._rows
-        if slots is not None and rows is not None and rows.reduces(x.shape[0], weight, slots):
-            return rows.multiply_and_reduce(x, weight, slots)
+        slots, own = all_reduce.host_slots, self._own_kernels(x, weight)
+        if slots is not None and own is not None and own.reduces(x.shape[0], weight, slots):
+            return own.multiply_and_reduce(x, weight, slots)
         return all_reduce(self.linear(x, weight))
 
     def tune_linear(self, num_rows: Iterable[int], weights: Iterable[torch.Tensor]) -> TuningTimes:
         weights = list(weights)
         self._rows = self._own if self._own is not None and self._own.prepare(weights) else None
-        return self._products.tune(num_rows, weights, self._rows)
+        return self._products.tune(
+            (rows, weight)
+            for rows in num_rows
+            for weight in weights
+            if self._rows is None or not self._rows.multiplies(rows, weight)
+        )
 
     def rms_norm(self, x_NM: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return self._rms_norm(x_NM, weight, eps)
@@ -72,19 +77,19 @@ class CudaOps:
         return self._act_and_mul(gate_up.flatten(2).flatten(0, 1)).view(num_tokens, -1)
 
     def linear_act_and_mul(self, x_NM: torch.Tensor, weight: torch.Tensor, num_cells: int) -> torch.Tensor:
-        rows = self._own_kernels(x_NM, weight)
-        if rows is not None and self._is_silu and rows.gates(weight, num_cells):
-            return rows.multiply_gated(x_NM, weight, num_cells)
+        own = self._own_kernels(x_NM, weight)
+        if own is not None and self._is_silu and own.gates(weight, num_cells):
+            return own.multiply_gated(x_NM, weight, num_cells)
         return self.act_and_mul(self.linear(x_NM, weight).view(x_NM.shape[0], num_cells, 2, -1))
 
     def _own_kernels(self, x: torch.Tensor, weight: torch.Tensor) -> RowKernels | None:
-        """Our own kernels, if such a product is theirs."""
-        is_own = (
-            self._rows is not None
-            and x.is_contiguous()
-            and self._products.get(x.shape[0], weight) == self._rows.multiply
-        )
-        return self._rows if is_own else None
+        """Our own kernels, if such a product is theirs: whatever they take.
+
+        By timings of a product alone others may be as fast, but what comes after those cannot start early. And in sums
+        over ranks all have to do the same.
+        """
+        rows = self._rows
+        return rows if rows is not None and x.is_contiguous() and rows.multiplies(x.shape[0], weight) else None
 
     def norm_heads(
         self, qkv: torch.Tensor, query_weight: torch.Tensor, key_weight: torch.Tensor, eps: float

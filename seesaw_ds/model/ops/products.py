@@ -2,8 +2,7 @@
 
 torch takes the first algorithm that cuBLAS proposes. For the few rows of a decode step another one is often faster, up
 to a fifth (`docs/performance.md`): cuBLAS likes to split the inner dimension there, and adds the parts up in a second
-kernel. Our own kernel (`row_kernels`) is as fast, and reads weights before its input is there. With more rows, as in
-prefill, cuBLAS's first choice is the best.
+kernel. With more rows, as in prefill, cuBLAS's first choice is the best.
 """
 
 from __future__ import annotations
@@ -11,21 +10,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import partial
-from itertools import product
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from seesaw_ds.model.ops.cublaslt import DTYPES, proposed_products
-from seesaw_ds.model.ops.row_kernels import RowKernels
 
 MOST_ROWS = 256
 _LEAST_GAIN = 0.02  # what timings differ by; and where nothing is to be gained, results stay torch's
 _WORTH_A_LOOK = 1.15  # times the fastest at first sight
 _NUM_TIMINGS = 5
-# Of our own kernel's time: a step hides its launch, and the first 17 MB of weights, behind the kernels before it.
-_HIDDEN_MS = 5e-3
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (N, in) and (out, in) to (N, out)
 
@@ -56,20 +51,20 @@ class TunedProducts:
             return fastest(x, weight)
         return F.linear(x, weight, bias)
 
-    def tune(
-        self, num_rows: Iterable[int], weights: Iterable[torch.Tensor], own: RowKernels | None = None
-    ) -> TuningTimes:
-        """Time what there is for each number of rows up to `MOST_ROWS`, and each weight.
+    def tune(self, sizes: Iterable[tuple[int, torch.Tensor]]) -> TuningTimes:
+        """Time what there is for each number of rows up to `MOST_ROWS` with its weight.
 
-        `own` is our own kernel, where there is one. Takes some 5 ms each. The weights' values do not matter, and of
-        weights alike only the first is timed.
+        Takes some 5 ms each. The weights' values do not matter, and of weights alike only the first is timed.
         """
         usual = tuned = 0.0
-        kinds = {_kind(weight): weight for weight in reversed(list(weights)) if weight.dtype in DTYPES}
+        kinds: dict[tuple[int, Hashable], torch.Tensor] = {}
+        for rows, weight in sizes:
+            if rows <= MOST_ROWS and weight.dtype in DTYPES:
+                kinds.setdefault((rows, _kind(weight)), weight)
         if kinds:
             flush = _Flush(next(iter(kinds.values())).device)
-            for rows, (kind, weight) in product((rows for rows in num_rows if rows <= MOST_ROWS), kinds.items()):
-                choice = _choose(rows, weight, flush, own)
+            for (rows, kind), weight in kinds.items():
+                choice = _choose(rows, weight, flush)
                 if choice.fastest is not None:
                     self._products[rows][kind] = choice.fastest
                 usual += choice.usual
@@ -95,7 +90,7 @@ class _Choice(NamedTuple):
     tuned: float
 
 
-def _choose(num_rows: int, weight: torch.Tensor, flush: _Flush, own: RowKernels | None) -> _Choice:
+def _choose(num_rows: int, weight: torch.Tensor, flush: _Flush) -> _Choice:
     x = torch.randn(num_rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
     products = [proposed for proposed in proposed_products(num_rows, weight) if proposed.runs(x, weight)]
     at_first = [flush.time(partial(proposed, x, weight), 1) for proposed in products]
@@ -103,12 +98,7 @@ def _choose(num_rows: int, weight: torch.Tensor, flush: _Flush, own: RowKernels 
     times = {i: flush.time(partial(products[i], x, weight), _NUM_TIMINGS) for i in tried}
     usual = flush.time(partial(F.linear, x, weight), _NUM_TIMINGS)
     best = faster(times, usual)
-    choice = _Choice(None, usual, usual) if best is None else _Choice(products[best], usual, times[best])
-    if own is not None and own.multiplies(num_rows, weight):
-        time = flush.time(partial(own.multiply, x, weight), _NUM_TIMINGS) - _HIDDEN_MS
-        if time <= choice.tuned:
-            return _Choice(own.multiply, usual, time)
-    return choice
+    return _Choice(None, usual, usual) if best is None else _Choice(products[best], usual, times[best])
 
 
 class _Flush:

@@ -1,4 +1,4 @@
-// Kernels of a decode step: linear products of up to 128 rows, their sums over ranks through host memory, and the norms
+// Kernels of a decode step: linear products of up to 96 rows, their sums over ranks through host memory, and the norms
 // between them.
 //
 // A product of so few rows is bound by reading its weights, and what keeps it from the memory's rate is its beginning:
@@ -39,7 +39,7 @@ constexpr int FEATURES = 64;  // of a tensor core's left operand
 constexpr int NUM_GROUPS = 2;  // warpgroups that multiply, each its own features
 constexpr int TILE = NUM_GROUPS * FEATURES;
 constexpr int GROUP_BYTES = FEATURES * ROW_BYTES;
-constexpr int MOST_ROWS = 128;
+constexpr int MOST_ROWS = 96;
 constexpr int MOST_ROWS_OF_PIECE = 64;  // of what a CTA sums over ranks at once, with 64 features
 constexpr int NUM_CONSUMERS = NUM_GROUPS * 128;
 constexpr int NUM_THREADS = NUM_CONSUMERS + 32;  // the last warp fetches
@@ -153,8 +153,6 @@ constexpr bool IS_HALF = false;
 #define SUMS_32 SUMS_28 ", %28, %29, %30, %31"
 #define SUMS_40 SUMS_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define SUMS_48 SUMS_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define SUMS_56 SUMS_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
-#define SUMS_64 SUMS_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define OUT_4(i) "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3])
 #define OUT_8 OUT_4(0), OUT_4(4)
 #define OUT_12 OUT_8, OUT_4(8)
@@ -165,8 +163,6 @@ constexpr bool IS_HALF = false;
 #define OUT_32 OUT_28, OUT_4(28)
 #define OUT_40 OUT_32, OUT_4(32), OUT_4(36)
 #define OUT_48 OUT_40, OUT_4(40), OUT_4(44)
-#define OUT_56 OUT_48, OUT_4(48), OUT_4(52)
-#define OUT_64 OUT_56, OUT_4(56), OUT_4(60)
 
 // LEFT, RIGHT, TRANSPOSED: the numbers of the operands that follow the sums.
 #define MULTIPLY(ROWS, SUMS, OUT, LEFT, RIGHT, TRANSPOSED)                                             \
@@ -189,8 +185,6 @@ __device__ __forceinline__ void multiply_add(float* s, u64 left, u64 right) {
     MULTIPLY(64, SUMS_32, OUT_32, "%32", "%33", "%34")
     MULTIPLY(80, SUMS_40, OUT_40, "%40", "%41", "%42")
     MULTIPLY(96, SUMS_48, OUT_48, "%48", "%49", "%50")
-    MULTIPLY(112, SUMS_56, OUT_56, "%56", "%57", "%58")
-    MULTIPLY(128, SUMS_64, OUT_64, "%64", "%65", "%66")
 }
 
 __device__ __forceinline__ float2 unpacked(u32 pair) {
@@ -687,15 +681,13 @@ void multiply(const Product& product) {
         case 8: return multiply_padded_rows<64>(product);
         case 9: case 10: return multiply_padded_rows<80>(product);
         case 11: case 12: return multiply_padded_rows<96>(product);
-        case 13: case 14: return multiply_padded_rows<112>(product);
-        case 15: case 16: return multiply_padded_rows<128>(product);
     }
     TVM_FFI_ICHECK(false) << "multiply_rows: " << num_rows << " rows, at most " << MOST_ROWS;
 }
 
 }  // namespace
 
-// `out` (N, F) of `x` (N, K), N up to 128, and `weight` (F, K), contiguous or the transpose of a contiguous tensor. With
+// `out` (N, F) of `x` (N, K), N up to 96, and `weight` (F, K), contiguous or the transpose of a contiguous tensor. With
 // `cell_features` weight has, cell by cell, so many gates and as many ups, and out is silu(gate) up. Uses `partials`,
 // float32, and `counters`, int32 zeros.
 void multiply_rows(TensorView x, TensorView weight, TensorView out, TensorView partials, TensorView counters,

@@ -14,7 +14,8 @@ from seesaw_ds.parallel.host_slots import HostSlots
 from seesaw_ds.parallel.own_kernel import OwnKernel
 
 # As in the source.
-MOST_ROWS = 128
+# With more of them cuBLASLt's products are faster in a step: what CTAs leave to each other grows with the rows.
+MOST_ROWS = 96
 _BLOCK = 128  # elements of a row that are multiplied at once, or half of them
 _TILE = 128  # features, of which a product with a gate has half as many gates
 _FLOATS_OF_CTA = _TILE * MOST_ROWS
@@ -40,7 +41,7 @@ def row_kernels(dtype: torch.dtype, device: torch.device) -> OwnKernel | None:
 def make_row_kernels(dtype: torch.dtype, device: torch.device) -> RowKernels | None:
     """For a model in `dtype`; None where the device cannot have them."""
     kernel = row_kernels(dtype, device)
-    return None if kernel is None else RowKernels(kernel, device)
+    return None if kernel is None else RowKernels(kernel, dtype, device)
 
 
 def tiles_of_last_band(num_tiles: int, num_rows: int, size: int, num_ctas: int) -> int:
@@ -57,8 +58,9 @@ def tiles_of_last_band(num_tiles: int, num_rows: int, size: int, num_ctas: int) 
 class RowKernels:
     """For up to `MOST_ROWS` rows, one stream at a time. Nothing is loaded before `prepare`."""
 
-    def __init__(self, kernel: OwnKernel, device: torch.device) -> None:
+    def __init__(self, kernel: OwnKernel, dtype: torch.dtype, device: torch.device) -> None:
         self._kernel = kernel
+        self._dtype = dtype
         self._num_ctas = num_ctas = torch.cuda.get_device_properties(device).multi_processor_count
         # Of a sum over ranks a CTA has parts of two tiles of both bands.
         self._partials = torch.empty(4 * num_ctas * _FLOATS_OF_CTA, dtype=torch.float32, device=device)
@@ -76,6 +78,7 @@ class RowKernels:
         num_out, num_in = weight.shape
         return (
             num_rows <= MOST_ROWS
+            and weight.dtype == self._dtype
             and num_out % _TILE == num_in % _BLOCK == 0
             and weight.stride() in ((num_in, 1), (1, num_out))
             and weight.data_ptr() % 16 == 0
