@@ -6,8 +6,9 @@
 
 It builds the parts of a worker that move data, of fewer layers. Rates are GB/s of each rank, in one direction, with all
 ranks at work; a share is that of a plain copy over the same link. "Slowed" is by how much longer matrix products of the
-model's sizes take beside the transfer, those of a prefill micro-batch and those of a decode step, on a device that is
-under load all the time: a card that was idle is faster for some tens of milliseconds, which would count as slowed.
+model's sizes, as the engine computes them, take beside the transfer, those of a prefill micro-batch and those of a
+decode step, on a device that is under load all the time: a card that was idle is faster for some tens of milliseconds,
+which would count as slowed.
 Exits with 1 when a bit is wrong.
 """
 
@@ -30,12 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 
 from calibration_device import CPU_SIZES, CUDA_SIZES, Sizes, copy_rates, typical_seconds
 from seesaw_ds.errors import UserError, exit_with
 from seesaw_ds.layout import LayoutPair
+from seesaw_ds.model.backends import choose_backends
+from seesaw_ds.model.ops.interface import LayerOps
 from seesaw_ds.model.weights import cell_tensors
 from seesaw_ds.parallel import device as devices
 from seesaw_ds.parallel.groups import ParallelState
@@ -43,6 +45,7 @@ from seesaw_ds.parallel.transport import BackendTransport, Transport, choose_tra
 from seesaw_ds.shapes import ModelShape, model_shape, read_hf_config
 from seesaw_ds.worker.setup import init_distributed
 from transfer_cases import BACKEND, BOTH_WAYS, TO_DEVICE, TO_HOST, Carrier, Case, Setting, Transfers
+from transfer_contents import BLOCK_SIZE
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 1 << 30
@@ -94,16 +97,18 @@ class Products:
 
     seconds: float
 
-    def __init__(self, setting: Setting, device: torch.device, num_tokens: int) -> None:
+    def __init__(self, setting: Setting, ops: LayerOps, device: torch.device, num_tokens: int) -> None:
         specs = cell_tensors(setting.shape, setting.layouts.cells_per_layer)
         self._matrices = [torch.randn(s.rows, s.cols, dtype=setting.dtype, device=device) for s in specs]
         self._x = torch.randn(num_tokens, setting.shape.hidden_size, dtype=setting.dtype, device=device)
+        self._ops = ops
+        ops.tune_linear([num_tokens], self._matrices)
 
     def run(self, count: int = 1) -> None:
         """All four matrices, `count` times."""
         for _ in range(count):
             for matrix in self._matrices:
-                F.linear(self._x, matrix)
+                self._ops.linear(self._x, matrix)
 
 
 class Bench:
@@ -113,7 +118,8 @@ class Bench:
         self._device = device
         self._plain_rates = plain_rates
         num_tokens = _NUM_TOKENS if devices.is_cuda(device) else _NUM_TOKENS_ON_CPU
-        self._products = [Products(setting, device, number) for number in num_tokens]
+        ops = choose_backends(setting.shape, BLOCK_SIZE, setting.dtype, device).ops
+        self._products = [Products(setting, ops, device, number) for number in num_tokens]
         for products in self._products:
             products.seconds = self._most(typical_seconds(products.run, device))
         self._stream = devices.new_stream(device)
