@@ -28,7 +28,7 @@ from seesaw_ds.shapes import ModelShape
 MIB = 1 << 20
 _NUM_SPANS = 5
 _SPAN_SECONDS = 0.1
-_FEW_ROWS = (1, 20, 36, 64)
+_FEW_ROWS = (1, 20, 36, 64, 96)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ def row_linear_points(sizes: Sizes, dtype_name: str, device: torch.device) -> li
     if kernels is None:
         return None
     matrices = _matrices(sizes, dtype_name, device)
-    return _product_points(matrices, _FEW_ROWS, kernels.multiply) if kernels.prepare(matrices) else None
+    return _product_points(matrices, _FEW_ROWS, kernels.multiply) if kernels.prepare() else None
 
 
 def _matrices(sizes: Sizes, dtype_name: str, device: torch.device) -> list[torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,7 +54,7 @@ class OwnKernels:
     def __init__(self) -> None:
         self.calls: list[tuple[int, torch.Size]] = []
 
-    def prepare(self, weights: Iterable[torch.Tensor]) -> bool:
+    def prepare(self) -> bool:
         return True
 
     def multiply(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -75,8 +75,8 @@ def test_products_of_few_rows_are_measured_where_there_are_kernels_for_them(monk
     cuda = SimpleNamespace(type="cuda")
     monkeypatch.setattr(calibration_device, "_matrices", lambda *_: [torch.ones(32, 16)] * sizes.num_matrices)
     points = calibration_device.row_linear_points(sizes, "float32", cuda)  # type: ignore[arg-type]
-    assert kernels.calls == [(rows, (32, 16)) for rows in (64, 36, 20, 1) for _ in range(sizes.num_matrices)]
-    assert [rows for rows, _ in points] == [1, 20, 36, 64]
+    assert kernels.calls == [(rows, (32, 16)) for rows in (96, 64, 36, 20, 1) for _ in range(sizes.num_matrices)]
+    assert [rows for rows, _ in points] == [1, 20, 36, 64, 96]
     assert points[0][1] == pytest.approx(1e-6 / 512)
     profile = parse_hardware(profile_values(FIGURES | {"row_linear": {"float32": points}}, "local", "here"))
     assert profile.row_linear["float32"][0] == pytest.approx((1.0, 1e-6 / 512), rel=1e-4)

@@ -52,7 +52,7 @@ class CudaOps:
 
     def tune_linear(self, num_rows: Iterable[int], weights: Iterable[torch.Tensor]) -> TuningTimes:
         weights = list(weights)
-        self._rows = self._own if self._own is not None and self._own.prepare(weights) else None
+        self._rows = self._own if self._own is not None and self._own.prepare() else None
         return self._products.tune(
             (rows, weight)
             for rows in num_rows

@@ -5,7 +5,6 @@ They begin while the kernels before them still run, and read weights meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ MOST_ROWS = 96
 _BLOCK = 128  # elements of a row that are multiplied at once, or half of them
 _TILE = 128  # features, of which a product with a gate has half as many gates
 _FLOATS_OF_CTA = _TILE * MOST_ROWS
+_MOST_FEATURES = 1 << 19
 _FEATURES_OF_COUNTER = 32
 # For a sum over ranks through host memory, bytes of weights that are read while one byte travels: 4.3 TB/s, 34 GB/s.
 _BYTES_PER_BYTE = 128
@@ -64,13 +64,10 @@ class RowKernels:
         self._num_ctas = num_ctas = torch.cuda.get_device_properties(device).multi_processor_count
         # Of a sum over ranks a CTA has parts of two tiles of both bands.
         self._partials = torch.empty(4 * num_ctas * _FLOATS_OF_CTA, dtype=torch.float32, device=device)
-        self._counters = torch.zeros(0, dtype=torch.int32, device=device)
+        self._counters = torch.zeros(_MOST_FEATURES // _FEATURES_OF_COUNTER, dtype=torch.int32, device=device)
 
-    def prepare(self, weights: Iterable[torch.Tensor]) -> bool:
-        """Load the kernels, and make room for products with these weights; False if the kernels cannot be had."""
-        num_counters = max((weight.shape[0] // _FEATURES_OF_COUNTER for weight in weights), default=0)
-        if num_counters > self._counters.numel():
-            self._counters = self._counters.new_zeros(num_counters)
+    def prepare(self) -> bool:
+        """Load the kernels; False if they cannot be had."""
         return self._kernel.loads
 
     def multiplies(self, num_rows: int, weight: torch.Tensor) -> bool:
@@ -78,6 +75,7 @@ class RowKernels:
         num_out, num_in = weight.shape
         return (
             num_rows <= MOST_ROWS
+            and num_out <= _MOST_FEATURES
             and weight.dtype == self._dtype
             and num_out % _TILE == num_in % _BLOCK == 0
             and weight.stride() in ((num_in, 1), (1, num_out))
