@@ -212,7 +212,10 @@ class CostModel:
     def layer_seconds(self, work: StepWork) -> float:
         """One decoder layer, its two all-reduces included."""
         tokens = self._token_seconds(work.num_tokens)
-        return tokens.layer + self.attention_seconds(work) + self.hardware.layer_seconds
+        overhead = self.hardware.layer_seconds
+        if self.hardware.row_layer_seconds is not None and self._has_own_kernels(work.num_tokens):
+            overhead = self.hardware.row_layer_seconds
+        return tokens.layer + self.attention_seconds(work) + overhead
 
     def _token_seconds(self, num_tokens: int) -> _TokenSeconds:
         seconds = self._seconds_by_tokens.get(num_tokens)

@@ -54,6 +54,7 @@ class HardwareProfile:
     linear                     by dtype: (tokens, seconds) points of a pass through one parameter; else the roofline
     row_linear                 by dtype: as `linear`, of steps of few tokens by this engine's own kernels
     row_all_reduce             by number of devices: as `all_reduce`, what steps of so few rows wait for one
+    row_layer_seconds          as `layer_seconds`, of such steps; else the same
     kv_bandwidth               bytes/s at which decode attention reads KV; else that of weights
     pads_decode                1 when decode attention reads every row as if it were as long as the step's longest
     element_bandwidth          bytes/s of norms, activations and residual additions; else that of weights
@@ -84,6 +85,7 @@ class HardwareProfile:
     linear: Mapping[str, Points] | None = None
     row_linear: Mapping[str, Points] | None = None
     row_all_reduce: Mapping[int, Points] | None = None
+    row_layer_seconds: float | None = None
     kv_bandwidth: float | None = None
     pads_decode: float | None = None
     element_bandwidth: float | None = None

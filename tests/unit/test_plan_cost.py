@@ -79,7 +79,7 @@ def test_measured_products_take_the_place_of_the_roofline():
 def test_steps_of_few_rows_have_this_engines_own_kernels():
     few = {"bfloat16": ((1.0, 0.8e-12), (64.0, 0.9e-12))}
     sums = {2: ((0.0, 1e-6), (1e6, 2e-6))}
-    machine = replace(hardware("h200-p2p-off"), row_linear=few, row_all_reduce=sums)
+    machine = replace(hardware("h200-p2p-off"), row_linear=few, row_all_reduce=sums, row_layer_seconds=5e-6)
     model = CostModel(MODEL, machine, ParallelLayout(tp=2), "bfloat16")
     others = replace(model, is_ours=False)
     plain = CostModel(MODEL, hardware("h200-p2p-off"), ParallelLayout(tp=2), "bfloat16", is_ours=False)
@@ -92,7 +92,10 @@ def test_steps_of_few_rows_have_this_engines_own_kernels():
     products = others.linear_seconds(MODEL.layer_parameters / 2, 64) - 0.9e-12 * MODEL.layer_parameters / 2
     message = 64 * MODEL.hidden_size * 2
     waits = 2 * (machine.all_reduce_seconds(message, 2) - 1e-6 - message * 1e-12)
-    assert others.layer_seconds(work) - model.layer_seconds(work) == pytest.approx(products + waits)
+    gained = products + waits + machine.layer_seconds - 5e-6
+    assert others.layer_seconds(work) - model.layer_seconds(work) == pytest.approx(gained)
+    without = replace(model, hardware=replace(machine, row_layer_seconds=None))
+    assert without.layer_seconds(work) - model.layer_seconds(work) == pytest.approx(machine.layer_seconds - 5e-6)
 
 
 def test_measured_bandwidths_hold_for_what_they_were_measured_on():
