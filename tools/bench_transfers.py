@@ -22,7 +22,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -242,26 +242,32 @@ def carriers(group: dist.ProcessGroup, device: torch.device) -> list[Carrier]:
 
 def measure(
     setting: Setting, state: ParallelState, carried_by: list[Carrier], rates: dict[str, float], device: torch.device
-) -> list[Row]:
-    """The whole table; collective."""
+) -> Iterator[Row]:
+    """The table, line by line; collective."""
     bench = Bench(setting, device, rates)
-    return [row for pair in Transfers(setting, state, carried_by, device).pairs() for row in bench.rows(pair)]
+    for pair in Transfers(setting, state, carried_by, device).pairs():
+        yield from bench.rows(pair)
 
 
-def print_table(rows: list[Row], rates: dict[str, float]) -> None:
-    """Rates in GB/s; what is wrong is marked."""
+def print_header(rates: dict[str, float]) -> None:
+    """Rates in GB/s."""
     print("plain: " + ", ".join(f"{link} {rate / 1e9:.1f} GB/s" for link, rate in rates.items()))
     print(
         f"{'what':<28}{'over':<13}{'GB':>8}{'s':>9}{'GB/s':>8}{'plain':>8}{'share %':>9}"
-        f"{'slowed: prefill %':>19}{'decode %':>10}"
+        f"{'slowed: prefill %':>19}{'decode %':>10}",
+        flush=True,
     )
-    for row in rows:
-        mark = "" if row.is_exact else "  WRONG BITS"
-        print(
-            f"{row.name:<28}{row.carrier:<13}{row.num_bytes / 1e9:>8.3f}{row.seconds:>9.4f}{row.rate / 1e9:>8.1f}"
-            f"{row.plain_rate / 1e9:>8.1f}{100 * row.share:>9.1f}{100 * row.slowed_prefill:>19.1f}"
-            f"{100 * row.slowed_decode:>10.1f}{mark}"
-        )
+
+
+def print_row(row: Row) -> None:
+    """What is wrong is marked."""
+    mark = "" if row.is_exact else "  WRONG BITS"
+    print(
+        f"{row.name:<28}{row.carrier:<13}{row.num_bytes / 1e9:>8.3f}{row.seconds:>9.4f}{row.rate / 1e9:>8.1f}"
+        f"{row.plain_rate / 1e9:>8.1f}{100 * row.share:>9.1f}{100 * row.slowed_prefill:>19.1f}"
+        f"{100 * row.slowed_decode:>10.1f}{mark}",
+        flush=True,
+    )
 
 
 def write_json(path: Path, arguments: argparse.Namespace, rows: list[Row], rates: dict[str, float]) -> None:
@@ -310,10 +316,16 @@ def main() -> int:
     sizes = replace(CUDA_SIZES, copy_bytes=GIB) if devices.is_cuda(device) else CPU_SIZES
     rates = plain_rates(sizes, device)
     state = ParallelState(setting.layouts)
-    rows = measure(setting, state, carriers(state.replica, device), rates, device)
-    if dist.get_rank() == 0:
+    is_first = dist.get_rank() == 0
+    if is_first:
         print(f"{arguments.model_shape}, {arguments.layers} layers, {arguments.layouts}, {device}, a rank each way:")
-        print_table(rows, rates)
+        print_header(rates)
+    rows: list[Row] = []
+    for row in measure(setting, state, carriers(state.replica, device), rates, device):
+        rows.append(row)
+        if is_first:
+            print_row(row)
+    if is_first:
         print(f"{time.monotonic() - start:.0f} s")
         if arguments.json is not None:
             write_json(arguments.json, arguments, rows, rates)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bench_transfers import BACKEND, BOTH_WAYS, TO_DEVICE, TO_HOST, Row, carriers, measure, plain_rates, print_table
+from bench_transfers import BACKEND, BOTH_WAYS, TO_DEVICE, TO_HOST, Row, carriers, measure, plain_rates, print_header, print_row
 from calibration_device import CPU_SIZES
 from harness import run_ranks
 from seesaw_ds.kv.transfer import copy_to_device, copy_to_host
@@ -44,7 +44,7 @@ def measure_rank(text: str, fault: str = "", shape: ModelShape = SHAPE) -> list[
         carried_by = [Carrier("broken", BrokenTransport(carried_by[0].transport), BACKEND)]
     elif not fault:
         carried_by.append(Carrier("host memory", staged_transport(state.replica_ranks), BOTH_WAYS))
-    return measure(setting, state, carried_by, RATES, CPU)
+    return list(measure(setting, state, carried_by, RATES, CPU))
 
 
 class BrokenTransport:
@@ -80,7 +80,9 @@ def test_each_transfer_has_a_row_with_its_bytes_and_rates(capsys):
     assert named["weight reload to decode", "host copy"].plain_rate == RATES[TO_DEVICE]
     assert named["KV exchange to decode", "host memory"].plain_rate == RATES[BOTH_WAYS]
     assert named["weight exchange to decode", "gloo"].plain_rate == RATES[BACKEND]
-    print_table(rows, RATES)
+    print_header(RATES)
+    for row in rows:
+        print_row(row)
     table = capsys.readouterr().out
     assert "both ways at once 1.0 GB/s" in table and "WRONG" not in table
     assert len(table.splitlines()) == 2 + len(rows)
@@ -100,7 +102,8 @@ def test_weights_of_layouts_that_are_not_nested_come_from_the_host():
 def test_a_wrong_bit_in_an_exchange_is_seen(capsys):
     rows = run_ranks(2, measure_rank, "P2->T2", "transport")[0]
     assert {row.name for row in rows if not row.is_exact} == {*WEIGHTS, *KV}
-    print_table(rows, RATES)
+    for row in rows:
+        print_row(row)
     assert capsys.readouterr().out.count("WRONG BITS") == 4
 
 
