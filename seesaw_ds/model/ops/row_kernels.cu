@@ -35,7 +35,7 @@ namespace {
 
 constexpr int ROW_BYTES = 128;  // of a swizzled row of shared memory: 64 elements
 constexpr int ELEMENTS = ROW_BYTES / 2;
-constexpr int FEATURES = 64;  // of a tensor core's left operand
+constexpr int FEATURES = 64;   // of a tensor core's left operand
 constexpr int NUM_GROUPS = 2;  // warpgroups that multiply, each its own features
 constexpr int TILE = NUM_GROUPS * FEATURES;
 constexpr int GROUP_BYTES = FEATURES * ROW_BYTES;
@@ -44,8 +44,9 @@ constexpr int MOST_ROWS_OF_PIECE = 64;  // of what a CTA sums over ranks at once
 constexpr int NUM_CONSUMERS = NUM_GROUPS * 128;
 constexpr int NUM_THREADS = NUM_CONSUMERS + 32;  // the last warp fetches
 constexpr int MAX_STAGES = 6;
-constexpr int MOST_REGISTERS = 112;  // leaves room likewise
-constexpr int SHARED_BYTES = 200 << 10;  // leaves room for the small kernels that run meanwhile
+// These leave room for the small kernels that run meanwhile.
+constexpr int SHARED_BYTES = 200 << 10;
+constexpr int MOST_REGISTERS = 112;
 
 // How a product of so many rows, padded, is cut.
 template <int NUM_ROWS>
@@ -358,8 +359,7 @@ __global__ void __maxnreg__(MOST_REGISTERS) multiply_rows_kernel(
 
         // Of the operand's sixteen rows that are this warp's: two eights of features, or one with its gates.
         constexpr int FEATURES_OF_WARP = IS_GATED ? 8 : 16;
-        u16* const to =
-            out + ((tile * NUM_GROUPS + group) * 4 + warp % 4) * FEATURES_OF_WARP + lane % 4 * 2;
+        u16* const to = out + ((tile * NUM_GROUPS + group) * 4 + warp % 4) * FEATURES_OF_WARP + lane % 4 * 2;
 #pragma unroll
         for (int i = 0; i < NUM_ROWS / 8; i++) {
             // Two rows of x times operand rows lane / 4 and 8 + lane / 4; then a row of x times two of either.
@@ -405,8 +405,8 @@ constexpr int FLAG_STRIDE = 8;  // as host_slots.py has it: each flag has a cach
 //     link out            band 0   band 1
 //     link in               band 0   band 1
 //
-// One CTA for a piece, 64 features of up to 64 rows, adds up the parts of this rank, leaves the result in host memory for
-// the others, and adds theirs, in the order of the ranks. What a call writes is not overwritten while it is read:
+// One CTA for a piece, 64 features of up to 64 rows, adds up the parts of this rank, leaves the result in host memory
+// for the others, and adds theirs, in the order of the ranks. What a call writes is not overwritten while it is read:
 // host_all_reduce_kernel.py, with a counter of calls for every piece. A rank's call starts when its call before has
 // ended, since the product lets this kernel start only when it has waited for all kernels before it.
 template <int NUM_ROWS>
@@ -419,8 +419,9 @@ __global__ void __launch_bounds__(128) reduce_tiles_kernel(
     using C = Cut<NUM_ROWS>;
     constexpr int NUM_SUMS = C::ROWS_OF_PIECE / 2, NUM_WORDS = C::ROWS_OF_PIECE / 8;
     allow_next_kernel();
-    const int piece = blockIdx.x, tile_and_group = piece / C::PIECES_OF_GROUP, piece_of_group = piece % C::PIECES_OF_GROUP;
+    const int piece = blockIdx.x, tile_and_group = piece / C::PIECES_OF_GROUP;
     const int tile = tile_and_group / NUM_GROUPS, group = tile_and_group % NUM_GROUPS;
+    const int piece_of_group = piece % C::PIECES_OF_GROUP;
     const int first_row = piece_of_group * C::ROWS_OF_PIECE;
     num_rows -= first_row;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
