@@ -76,19 +76,6 @@ def test_layers_take_them_for_all_that_they_can_do() -> None:
         torch.testing.assert_close(ops.linear(y, weight, bias).float(), expected, rtol=1e-2, atol=2e-2)
 
 
-def test_what_it_does_not_take() -> None:
-    weight = matrix(256, 256, False)
-    kernels = made(torch.bfloat16)
-    assert kernels.multiplies(MOST_ROWS, weight)
-    assert not kernels.multiplies(MOST_ROWS + 1, weight)
-    assert not kernels.multiplies(8, weight.half()), "another dtype"
-    assert not kernels.multiplies(8, weight[:192]), "half a tile"
-    assert not kernels.multiplies(8, weight[:, :64]), "half a block"
-    assert not kernels.multiplies(8, weight[:, :128]), "strided"
-    assert kernels.gates(weight, 2) and not kernels.gates(weight, 4), "a cell with half of what a tile has"
-    assert not kernels.gates(matrix(256, 256, True), 1)
-
-
 class Alone:
     """A group of one rank, and memory that it shares with itself."""
 

@@ -74,7 +74,7 @@ class RowKernels:
         """Whether `multiply` takes so many rows, and an (out, in) weight."""
         num_out, num_in = weight.shape
         return (
-            num_rows <= MOST_ROWS
+            0 < num_rows <= MOST_ROWS
             and num_out <= _MOST_FEATURES
             and weight.dtype == self._dtype
             and num_out % _TILE == num_in % _BLOCK == 0
@@ -89,7 +89,8 @@ class RowKernels:
     def reduces(self, num_rows: int, weight: torch.Tensor, slots: HostSlots) -> bool:
         """Whether `multiply_and_reduce` takes so many rows, and an (out, in) weight."""
         num_out = weight.shape[0]
-        has_bands = num_out % (2 * _TILE) == 0
+        # Bands can be alike, and a CTA has parts of two tiles of each at most.
+        has_bands = num_out % (2 * _TILE) == 0 and num_out // _TILE <= self._num_ctas
         return has_bands and self.multiplies(num_rows, weight) and slots.holds(num_rows, num_out)
 
     def multiply_and_reduce(self, x: torch.Tensor, weight: torch.Tensor, slots: HostSlots) -> torch.Tensor:
@@ -128,7 +129,7 @@ class RowKernels:
     def norms(self, x_NM: torch.Tensor) -> bool:
         """Whether `add_rms_norm` takes it."""
         num_rows, size = x_NM.shape
-        return num_rows <= MOST_ROWS and size % 8 == 0 and size <= _MOST_NORM_SIZE and x_NM.is_contiguous()
+        return 0 < num_rows <= MOST_ROWS and size % 8 == 0 and size <= _MOST_NORM_SIZE and x_NM.is_contiguous()
 
     def add_rms_norm(
         self, x_NM: torch.Tensor, residual_NM: torch.Tensor, weight: torch.Tensor, eps: float, weight_offset: float
