@@ -212,10 +212,7 @@ class CostModel:
     def layer_seconds(self, work: StepWork) -> float:
         """One decoder layer, its two all-reduces included."""
         tokens = self._token_seconds(work.num_tokens)
-        overhead = self.hardware.layer_seconds
-        if self.hardware.row_layer_seconds is not None and self._has_own_kernels(work.num_tokens):
-            overhead = self.hardware.row_layer_seconds
-        return tokens.layer + self.attention_seconds(work) + overhead
+        return tokens.layer + self.attention_seconds(work)
 
     def _token_seconds(self, num_tokens: int) -> _TokenSeconds:
         seconds = self._seconds_by_tokens.get(num_tokens)
@@ -223,10 +220,14 @@ class CostModel:
             qkv = self.linear_seconds(self._qkv_parameters, num_tokens)
             rest = self.linear_seconds(self._layer_parameters - self._qkv_parameters, num_tokens)
             message = num_tokens * self.shape.hidden_size * self.itemsize
-            all_reduce = self.hardware.all_reduce_seconds(message, self.layout.tp, self._has_own_kernels(num_tokens))
+            has_few_rows = self._has_own_kernels(num_tokens)
+            all_reduce = self.hardware.all_reduce_seconds(message, self.layout.tp, has_few_rows)
             after_attention = rest + 2 * all_reduce
             element = self.element_bytes(num_tokens) / self._element_bandwidth
-            seconds = _TokenSeconds(qkv + after_attention + element, after_attention)
+            overhead = self.hardware.layer_seconds
+            if has_few_rows and self.hardware.row_layer_seconds is not None:
+                overhead = self.hardware.row_layer_seconds
+            seconds = _TokenSeconds(qkv + after_attention + element + overhead, after_attention)
             self._seconds_by_tokens[num_tokens] = seconds
         return seconds
 

@@ -45,9 +45,9 @@ class CudaOps:
         return self._products(x, weight, bias) if own is None else own.multiply(x, weight)
 
     def linear_all_reduce(self, x: torch.Tensor, weight: torch.Tensor, all_reduce: AllReduce) -> torch.Tensor:
-        slots, own = all_reduce.host_slots, self._own_kernels(x, weight)
-        if slots is not None and own is not None and own.reduces(x.shape[0], weight, slots):
-            return own.multiply_and_reduce(x, weight, slots)
+        slots, rows = all_reduce.host_slots, self._rows
+        if slots is not None and rows is not None and x.is_contiguous() and rows.reduces(x.shape[0], weight, slots):
+            return rows.multiply_and_reduce(x, weight, slots)
         return all_reduce(self.linear(x, weight))
 
     def tune_linear(self, num_rows: Iterable[int], weights: Iterable[torch.Tensor]) -> TuningTimes:

@@ -12,14 +12,15 @@ import torch
 from seesaw_ds.parallel.host_slots import HostSlots
 from seesaw_ds.parallel.own_kernel import OwnKernel
 
-# As in the source.
-# With more of them cuBLASLt's products are faster in a step: what CTAs leave to each other grows with the rows.
+# As in the source. With more rows cuBLASLt's products are faster in a step: what CTAs leave to each other grows with
+# the rows.
 MOST_ROWS = 96
-_BLOCK = 128  # elements of a row that are multiplied at once, or half of them
+_BLOCK = 128  # elements of a row that are multiplied at once; with more than 64 rows half as many
 _TILE = 128  # features, of which a product with a gate has half as many gates
 _FLOATS_OF_CTA = _TILE * MOST_ROWS
-_MOST_FEATURES = 1 << 19
+# Counters are for 64 features of half the rows.
 _FEATURES_OF_COUNTER = 32
+_MOST_FEATURES = 1 << 19
 # For a sum over ranks through host memory, bytes of weights that are read while one byte travels: 4.3 TB/s, 34 GB/s.
 _BYTES_PER_BYTE = 128
 _MOST_NORM_SIZE = 4 * 512 * 8
